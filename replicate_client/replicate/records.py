@@ -1,0 +1,395 @@
+"""Frozen records of what is recorded, and the checks on what users pass in.
+
+Both ends of the wire and the repository format speak in these records; they hold no connection and do
+no I/O. A record that exists is valid: the functions below raise `TypeError` or `ValueError` naming the
+argument before anything is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timezone
+from pathlib import PurePath
+from typing import Any, Literal, TypeAlias, get_args
+
+from replicate.ids import CheckpointId, ExperimentId, short
+
+#: What params and metrics consist of once validated. Floats may be NaN or infinite.
+Value: TypeAlias = "None | bool | int | float | str | list[Value] | dict[str, Value]"
+
+Goal = Literal["minimize", "maximize"]
+#: captured: frozen by the daemon; stored: durable in the repository; failed: will never be stored.
+SnapshotState = Literal["captured", "stored", "failed"]
+#: See "States of an experiment" in docs/concepts.md.
+Status = Literal["running", "stopped", "failed", "killed", "unknown"]
+EndStatus = Literal["stopped", "failed", "killed"]
+FileType = Literal["file", "directory", "symlink"]
+
+GOALS: tuple[str, ...] = get_args(Goal)
+#: Deeper values are refused: protobuf parsers stop at a depth of 100 messages, three a level.
+MAX_VALUE_DEPTH = 28
+#: Params and metrics are for looking at and comparing; bulk belongs into a file.
+MAX_VALUE_BYTES = 1 << 20
+MAX_STEP = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PrimaryMetric:
+    """The metric by which checkpoints are ranked, and the direction that is better."""
+
+    name: str
+    goal: Goal
+
+
+@dataclass(frozen=True, slots=True)
+class GitState:
+    """The Git work tree that holds the project when the experiment began."""
+
+    commit: str
+    branch: str
+    dirty: bool
+    #: `git diff HEAD`, cut at a limit; untracked files are saved as files, not here.
+    diff: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One graphics processor."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The machine that an experiment ran on."""
+
+    os: str = ""
+    cpu: str = ""
+    cpu_count: int = 0
+    memory_bytes: int = 0
+    gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """One process of one boot of one machine; a pid alone is reused."""
+
+    pid: int
+    #: Field 22 of /proc/PID/stat: clock ticks since boot; 0 when unknown.
+    start_ticks: int
+    #: /proc/sys/kernel/random/boot_id.
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentRecord:
+    """What `init` recorded; written once."""
+
+    id: ExperimentId
+    created: datetime
+    name: str = ""
+    tags: tuple[str, ...] = ()
+    user: str = ""
+    host: str = ""
+    #: The command line as a shell would take it.
+    command: str = ""
+    #: Relative to the project directory; empty when no files were saved.
+    paths: tuple[str, ...] = ()
+    params: Mapping[str, Value] = field(default_factory=dict)
+    python_version: str = ""
+    #: Distribution name → version, of the distributions whose modules were imported.
+    python_packages: Mapping[str, str] = field(default_factory=dict)
+    system: System = System()
+    git: GitState | None = None
+    replicate_version: str = ""
+    process: ProcessIdentity | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """What one `checkpoint` recorded; written once."""
+
+    id: CheckpointId
+    experiment_id: ExperimentId
+    created: datetime
+    step: int
+    paths: tuple[str, ...] = ()
+    metrics: Mapping[str, Value] = field(default_factory=dict)
+    primary_metric: PrimaryMetric | None = None
+    state: SnapshotState = "captured"
+    #: Why it failed, for state `failed`.
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentSummary:
+    """An experiment as a list shows it: the record, its edits applied, and its state at the query."""
+
+    record: ExperimentRecord
+    status: Status
+    #: State of the files that `init` saved.
+    state: SnapshotState
+    error: str = ""
+    ended: datetime | None = None
+    checkpoint_count: int = 0
+    latest: CheckpointRecord | None = None
+    best: CheckpointRecord | None = None
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One entry of a snapshot. `path` is relative, with `/`, undecodable bytes as surrogates."""
+
+    path: str
+    type: FileType
+    #: Permission bits only.
+    mode: int
+    size: int
+    mtime_ns: int
+    #: BLAKE3 of the content in hexadecimal; of a link, of its target; empty for directories.
+    hash: str
+    #: Where a symlink points to, as written in it; empty otherwise.
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """One difference between two snapshots; `left` or `right` is None where the file is absent."""
+
+    path: str
+    left: FileEntry | None
+    right: FileEntry | None
+
+
+def paths_argument(paths: Sequence[str]) -> None | str | list[str]:
+    """Saved paths in the form in which users gave them: None, one path, or a list."""
+    if not paths:
+        return None
+    return paths[0] if len(paths) == 1 else list(paths)
+
+
+def best_checkpoint(checkpoints: Sequence[CheckpointRecord]) -> CheckpointRecord | None:
+    """The checkpoint with the best primary metric, or None when none can be ranked.
+
+    Name and goal come from the newest checkpoint that has a primary metric; checkpoints in which that
+    metric is absent, not a number, NaN or failed to be stored do not take part; ties go to the later one.
+    """
+    primary = next((c.primary_metric for c in reversed(checkpoints) if c.primary_metric), None)
+    if primary is None:
+        return None
+    best: CheckpointRecord | None = None
+    best_value = math.nan
+    for checkpoint in checkpoints:
+        value = checkpoint.metrics.get(primary.name)
+        if checkpoint.state == "failed" or not is_number(value) or math.isnan(value):
+            continue
+        better = value <= best_value if primary.goal == "minimize" else value >= best_value
+        if best is None or better:
+            best, best_value = checkpoint, value
+    return best
+
+
+def latest_checkpoint(checkpoints: Sequence[CheckpointRecord]) -> CheckpointRecord | None:
+    """The newest checkpoint that did not fail, else the newest, else None."""
+    stored = [checkpoint for checkpoint in checkpoints if checkpoint.state != "failed"]
+    candidates = stored or checkpoints
+    return max(candidates, key=lambda c: (c.created, c.step)) if candidates else None
+
+
+def is_number(value: object) -> Any:
+    """Whether a value compares as a number (bool does not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def checkpoint_label(checkpoint: CheckpointRecord) -> str:
+    """A checkpoint as messages call it: short id and step."""
+    return f"{short(checkpoint.id)} (step {checkpoint.step})"
+
+
+def utc_now() -> datetime:
+    """The current time, aware, in UTC."""
+    return datetime.now(timezone.utc)
+
+
+def format_time(time: datetime) -> str:
+    """RFC 3339 in UTC with microseconds, for example `2026-11-23T05:30:00.123456Z`."""
+    return time.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def parse_time(text: str) -> datetime:
+    """The time that `format_time` wrote; raises `ValueError`."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc)
+
+
+def validate_mapping(values: object, argument: str) -> dict[str, Value]:
+    """Params or metrics as plain values, or `TypeError`/`ValueError` naming the key.
+
+    Accepted: bool, int, float (NaN and infinities too), str, None, list, tuple, dict with string keys,
+    numpy scalars and arrays, torch, TensorFlow and JAX tensors (recognised by what they can do; nothing
+    is imported), `pathlib.Path` (as str), `datetime` (as ISO 8601 text).
+    """
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{argument} must be a dict, not {type(values).__name__}")
+    budget = _Budget(argument)
+    return {
+        _validate_key(key, argument): _validate_value(value, f"{argument}[{key!r}]", 1, budget)
+        for key, value in values.items()
+    }
+
+
+def validate_step(step: object) -> int:
+    """A step as int; raises `TypeError` or `ValueError` with the value."""
+    number = _unwrap_scalar(step)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"step must be an int, not {step!r}")
+    if not 0 <= number <= MAX_STEP:
+        raise ValueError(f"step must be between 0 and 2**63 - 1, not {number}")
+    return number
+
+
+def validate_primary_metric(primary: object, metrics: Mapping[str, Value]) -> PrimaryMetric | None:
+    """A `(name, goal)` pair as a record; raises `TypeError` or `ValueError` naming what is wrong."""
+    if primary is None:
+        return None
+    if isinstance(primary, str) or not isinstance(primary, Sequence) or len(primary) != 2:
+        raise TypeError(f'primary_metric must be ("name", "minimize" or "maximize"), not {primary!r}')
+    name, goal = primary
+    if not isinstance(name, str):
+        raise TypeError(f"the name in primary_metric must be a str, not {name!r}")
+    if goal not in GOALS:
+        raise ValueError(f'the goal in primary_metric must be "minimize" or "maximize", not {goal!r}')
+    if name not in metrics:
+        known = ", ".join(sorted(metrics)) or "none"
+        raise ValueError(f"primary_metric names {name!r}, which is not in metrics (there: {known})")
+    return PrimaryMetric(name, goal)
+
+
+def validate_text(text: object, argument: str) -> str:
+    """A `str` that can be written as UTF-8; raises `TypeError` or `ValueError`."""
+    if not isinstance(text, str):
+        raise TypeError(f"{argument} must be a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{argument} holds a lone surrogate and is not text: {text!r}") from None
+    return text
+
+
+def validate_tags(tags: object) -> tuple[str, ...]:
+    """Tags as a tuple without repetition, in the order given; raises `TypeError` or `ValueError`."""
+    if isinstance(tags, str) or not isinstance(tags, Sequence):
+        raise TypeError(f"tags must be a list of str, not {tags!r}")
+    checked = [validate_text(tag, f"tags[{number}]") for number, tag in enumerate(tags)]
+    for tag in checked:
+        if not tag or any(character.isspace() or character in "/,+" for character in tag):
+            raise ValueError(f"a tag is a word without spaces, `/`, `,` or `+`: {tag!r}")
+    return tuple(dict.fromkeys(checked))
+
+
+class _Budget:
+    """Counts the size of one argument, so that a huge value is refused before it is copied."""
+
+    def __init__(self, argument: str) -> None:
+        self._argument = argument
+        self._left = MAX_VALUE_BYTES
+
+    def spend(self, size_bytes: int) -> None:
+        self._left -= size_bytes
+        if self._left < 0:
+            raise ValueError(
+                f"{self._argument} are larger than {MAX_VALUE_BYTES >> 20} MiB; save bulk data as a file"
+            )
+
+
+def _validate_key(key: object, where: str) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"keys of {where} must be str, not {key!r}")
+    return validate_text(key, f"a key of {where}")
+
+
+def _validate_value(value: object, where: str, depth: int, budget: _Budget) -> Value:
+    if depth > MAX_VALUE_DEPTH:
+        raise ValueError(f"{where[:80]}… is nested deeper than {MAX_VALUE_DEPTH} levels")
+    budget.spend(8)
+    # Exact types first: subclasses such as numpy.float64 are reduced to the plain type below.
+    if value is None or type(value) in (bool, int, float):
+        if type(value) is int and value.bit_length() > 64:
+            budget.spend(value.bit_length() // 3)
+        return value  # type: ignore[return-value]
+    if isinstance(value, str):
+        budget.spend(len(value))
+        return validate_text(str(value), where)
+    if isinstance(value, PurePath):
+        return validate_text(str(value), where)
+    if isinstance(value, (datetime, date)):
+        return value.isoformat()
+    if isinstance(value, (list, tuple)):
+        return [
+            _validate_value(item, f"{where}[{number}]", depth + 1, budget)
+            for number, item in enumerate(value)
+        ]
+    if isinstance(value, Mapping):
+        budget.spend(sum(len(key) for key in value if isinstance(key, str)))
+        return {
+            _validate_key(key, where): _validate_value(item, f"{where}[{key!r}]", depth + 1, budget)
+            for key, item in value.items()
+        }
+    if isinstance(value, (bool, int, float)):
+        return _unwrap_number(value)
+    unwrapped = _unwrap_array(value, budget)
+    if unwrapped is not value:
+        return _validate_value(unwrapped, where, depth + 1, budget)
+    raise TypeError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be recorded; "
+        "use bool, int, float, str, None, list, dict, an array or a tensor"
+    )
+
+
+def _unwrap_number(value: bool | int | float) -> Value:
+    """The plain number inside a subclass of a number, such as an IntEnum or numpy.float64."""
+    if isinstance(value, bool):
+        return bool(value)
+    return int(value) if isinstance(value, int) else float(value)
+
+
+def _unwrap_scalar(value: object) -> object:
+    """The Python scalar inside a numpy or tensor scalar, else the value itself."""
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    item = getattr(value, "item", None)
+    shape = getattr(value, "shape", None)
+    if callable(item) and shape is not None and len(shape) == 0:
+        return item()
+    return value
+
+
+def _unwrap_array(value: object, budget: _Budget) -> object:
+    """Arrays and tensors as (nested lists of) Python numbers; anything else as it is.
+
+    They are known by what they share: `shape` and `tolist` (numpy, torch, JAX) or `numpy` (TensorFlow).
+    """
+    shape = getattr(value, "shape", None)
+    if shape is None or isinstance(value, type):
+        return value
+    try:
+        budget.spend(8 * math.prod(int(length) for length in shape))
+    except TypeError:
+        return value
+    for method in ("detach", "cpu"):
+        step = getattr(value, method, None)
+        if callable(step):
+            value = step()
+    as_list = getattr(value, "tolist", None)
+    if callable(as_list):
+        return as_list()
+    as_numpy = getattr(value, "numpy", None)
+    if callable(as_numpy):
+        return as_numpy().tolist()
+    return value

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from pathlib import PurePath
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, TypeGuard, get_args
 
 from replicate.ids import CheckpointId, ExperimentId, short
 
@@ -186,7 +186,7 @@ def best_checkpoint(checkpoints: Sequence[CheckpointRecord]) -> CheckpointRecord
     best_value = math.nan
     for checkpoint in checkpoints:
         value = checkpoint.metrics.get(primary.name)
-        if checkpoint.state == "failed" or not is_number(value) or math.isnan(value):
+        if checkpoint.state == "failed" or not is_number(value) or value != value:
             continue
         better = value <= best_value if primary.goal == "minimize" else value >= best_value
         if best is None or better:
@@ -201,7 +201,7 @@ def latest_checkpoint(checkpoints: Sequence[CheckpointRecord]) -> CheckpointReco
     return max(candidates, key=lambda c: (c.created, c.step)) if candidates else None
 
 
-def is_number(value: object) -> Any:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value compares as a number (bool does not)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -297,6 +297,16 @@ class EndExperimentReply(_message.Message):
     failed: int
     def __init__(self, pending: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
 
+class ResumeExperimentRequest(_message.Message):
+    __slots__ = ("target", "process", "at_ns")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    AT_NS_FIELD_NUMBER: _ClassVar[int]
+    target: Target
+    process: Process
+    at_ns: int
+    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., process: _Optional[_Union[Process, _Mapping]] = ..., at_ns: _Optional[int] = ...) -> None: ...
+
 class Target(_message.Message):
     __slots__ = ("repository", "id")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class DaemonStub(object):
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.EndExperimentRequest.SerializeToString,
                 response_deserializer=replicate_dot___pb_dot_daemon__pb2.EndExperimentReply.FromString,
                 )
+        self.ResumeExperiment = channel.unary_unary(
+                '/replicate.v1.Daemon/ResumeExperiment',
+                request_serializer=replicate_dot___pb_dot_daemon__pb2.ResumeExperimentRequest.SerializeToString,
+                response_deserializer=replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.FromString,
+                )
         self.ListExperiments = channel.unary_stream(
                 '/replicate.v1.Daemon/ListExperiments',
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.SerializeToString,
@@ -148,6 +153,13 @@ class DaemonServicer(object):
 
     def EndExperiment(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeExperiment(self, request, context):
+        """A new process goes on with an experiment of an earlier one: it is running again.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -272,6 +284,11 @@ def add_DaemonServicer_to_server(servicer, server):
                     servicer.EndExperiment,
                     request_deserializer=replicate_dot___pb_dot_daemon__pb2.EndExperimentRequest.FromString,
                     response_serializer=replicate_dot___pb_dot_daemon__pb2.EndExperimentReply.SerializeToString,
+            ),
+            'ResumeExperiment': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeExperiment,
+                    request_deserializer=replicate_dot___pb_dot_daemon__pb2.ResumeExperimentRequest.FromString,
+                    response_serializer=replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.SerializeToString,
             ),
             'ListExperiments': grpc.unary_stream_rpc_method_handler(
                     servicer.ListExperiments,
@@ -440,6 +457,23 @@ class Daemon(object):
         return grpc.experimental.unary_unary(request, target, '/replicate.v1.Daemon/EndExperiment',
             replicate_dot___pb_dot_daemon__pb2.EndExperimentRequest.SerializeToString,
             replicate_dot___pb_dot_daemon__pb2.EndExperimentReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ResumeExperiment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/replicate.v1.Daemon/ResumeExperiment',
+            replicate_dot___pb_dot_daemon__pb2.ResumeExperimentRequest.SerializeToString,
+            replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

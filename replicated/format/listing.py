@@ -1,0 +1,76 @@
+"""Index objects: what several packs hold, so that nobody has to open the packs to find out.
+
+A section a pack, with the same records as in the pack's own end. An index object only repeats what the
+packs say; it is written after them and can be made again from them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from blake3 import blake3
+
+from replicated.chunk.codec import HASH_BYTES
+from replicated.format.canonical import Malformed, NewerFormat
+from replicated.format.pack import (
+    DATA_PACK,
+    MAX_PACK_BYTES,
+    RECORD,
+    TREE_PACK,
+    PackListing,
+    pack_record,
+    parse_records,
+)
+
+INDEX_VERSION: Final = 1
+INDEX_MAGIC: Final = b"REPLINDX"
+#: Larger index objects are refused; ours hold some hundred thousand records at most.
+MAX_INDEX_BYTES: Final = 256 << 20
+
+#: Magic, version, zeros, number of sections.
+INDEX_HEADER: Final = struct.Struct("<8sB3sI")
+#: Pack name, kind, zeros, size of the pack, number of records.
+SECTION: Final = struct.Struct("<32sB3sII")
+
+
+def build_index(listings: Sequence[PackListing]) -> bytes:
+    """An index object for these packs."""
+    parts = [INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, b"", len(listings))]
+    for listing in listings:
+        parts.append(SECTION.pack(listing.name, listing.kind, b"", listing.size, len(listing.records)))
+        parts.extend(map(pack_record, listing.records))
+    body = b"".join(parts)
+    return body + blake3(body).digest()
+
+
+def parse_index(data: bytes) -> list[PackListing]:
+    """The packs that an index object lists, checked by its hash; raises `Malformed`, `NewerFormat`."""
+    if not INDEX_HEADER.size + HASH_BYTES <= len(data) <= MAX_INDEX_BYTES:
+        raise Malformed("its size is impossible")
+    body, digest = data[:-HASH_BYTES], data[-HASH_BYTES:]
+    if blake3(body).digest() != digest:
+        raise Malformed("its hash is wrong")
+    magic, version, zeros, section_count = INDEX_HEADER.unpack_from(body)
+    if magic != INDEX_MAGIC or zeros != bytes(3):
+        raise Malformed("it does not begin like an index")
+    if version != INDEX_VERSION:
+        raise NewerFormat(f"an index of version {version}")
+    listings = []
+    position = INDEX_HEADER.size
+    for _ in range(section_count):
+        if position + SECTION.size > len(body):
+            raise Malformed("a section is cut short")
+        name, kind, zeros, pack_size, count = SECTION.unpack_from(body, position)
+        position += SECTION.size
+        end = position + count * RECORD.size
+        if zeros != bytes(3) or kind not in (DATA_PACK, TREE_PACK) or pack_size > MAX_PACK_BYTES:
+            raise Malformed("a section is impossible")
+        if end > len(body):
+            raise Malformed("a section is cut short")
+        listings.append(PackListing(name, kind, pack_size, parse_records(body[position:end], pack_size)))
+        position = end
+    if position != len(body):
+        raise Malformed("bytes follow the last section")
+    return listings

@@ -1,0 +1,183 @@
+"""Packs: many chunks in one object, each findable without the object's index.
+
+    header | entry header, stored bytes | … | records | footer
+
+The records say where each chunk lies; the same records make up index objects (`format.listing`). A pack
+is written once and never changed. docs/format.md has the bytes; a test compares it with the structs.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from blake3 import blake3
+
+from replicated.chunk.codec import HASH_BYTES, MAX_CHUNK_BYTES
+from replicated.format.canonical import Malformed, NewerFormat
+
+PACK_VERSION: Final = 1
+
+DATA_PACK: Final = 0
+TREE_PACK: Final = 1
+
+#: A pack is sealed once it is this large; listing reads tree packs only, so they are smaller.
+DATA_PACK_BYTES: Final = 32 << 20
+TREE_PACK_BYTES: Final = 8 << 20
+#: Or once it has this many chunks, so that its records stay below 3 MiB.
+MAX_PACK_CHUNKS: Final = 1 << 16
+#: Offsets are 32 bits.
+MAX_PACK_BYTES: Final = (1 << 32) - 1
+
+HEADER_MAGIC: Final = b"REPLPACK"
+ENTRY_MAGIC: Final = b"CHNK"
+FOOTER_MAGIC: Final = b"REPLPEND"
+
+#: Magic, version, kind, zeros.
+HEADER: Final = struct.Struct("<8sBB6s")
+#: Magic, codec, zeros, stored length, plain length, chunk id.
+ENTRY: Final = struct.Struct("<4sB3sII32s")
+#: Chunk id, offset of the stored bytes, stored length, plain length, codec, zeros.
+RECORD: Final = struct.Struct("<32sIIIB3s")
+#: Number of records, zeros, magic, BLAKE3 of the header, the records and the footer before it.
+FOOTER: Final = struct.Struct("<II8s32s")
+
+_FOOTER_HASHED = FOOTER.size - HASH_BYTES
+
+
+class Record(NamedTuple):
+    """Where one chunk lies in a pack."""
+
+    chunk_id: bytes
+    #: Of the stored bytes; the entry header is just before.
+    offset: int
+    stored_length: int
+    plain_length: int
+    codec: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackListing:
+    """What one pack holds."""
+
+    name: bytes
+    kind: int
+    #: Of the whole object.
+    size: int
+    records: tuple[Record, ...]
+
+
+class PackBuilder:
+    """Collects chunks for one pack; not for several threads at once."""
+
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
+        self.records: list[Record] = []
+        self._body = bytearray(HEADER.pack(HEADER_MAGIC, PACK_VERSION, kind, b""))
+
+    @property
+    def size(self) -> int:
+        """Bytes collected."""
+        return len(self._body)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the pack should be sealed."""
+        limit = DATA_PACK_BYTES if self.kind == DATA_PACK else TREE_PACK_BYTES
+        return len(self._body) >= limit or len(self.records) >= MAX_PACK_CHUNKS
+
+    def add(
+        self, chunk_id: bytes, codec: int, stored: bytes | bytearray | memoryview, plain_length: int
+    ) -> None:
+        """Copy one chunk into the pack."""
+        length = len(stored)
+        self._body += ENTRY.pack(ENTRY_MAGIC, codec, b"", length, plain_length, chunk_id)
+        self.records.append(Record(chunk_id, len(self._body), length, plain_length, codec))
+        self._body += stored
+
+    def seal(self) -> list[bytes | bytearray]:
+        """The parts of the object, which borrow the builder; call once."""
+        records = b"".join(map(pack_record, self.records))
+        footer = FOOTER.pack(len(self.records), 0, FOOTER_MAGIC, b"")[:_FOOTER_HASHED]
+        digest = _trailer_hash(bytes(self._body[: HEADER.size]), records, footer)
+        return [self._body, records, footer, digest]
+
+
+def pack_record(record: Record) -> bytes:
+    """The 48 bytes of a record."""
+    return RECORD.pack(*record, b"")
+
+
+def parse_records(data: bytes, pack_size: int) -> tuple[Record, ...]:
+    """Records one after the other, of a pack of this size; raises `Malformed`."""
+    records = []
+    for chunk_id, offset, stored_length, plain_length, codec, zeros in RECORD.iter_unpack(data):
+        if (
+            zeros != b"\0\0\0"
+            or plain_length > MAX_CHUNK_BYTES
+            or stored_length > plain_length
+            or offset < HEADER.size + ENTRY.size
+            or offset + stored_length > pack_size - FOOTER.size
+        ):
+            raise Malformed(f"an impossible record of chunk {chunk_id.hex()}")
+        records.append(Record(chunk_id, offset, stored_length, plain_length, codec))
+    return tuple(records)
+
+
+def parse_header(data: bytes) -> int:
+    """The kind of a pack that begins with these bytes; raises `Malformed`, `NewerFormat`."""
+    if len(data) < HEADER.size:
+        raise Malformed("it is shorter than a pack's header")
+    magic, version, kind, zeros = HEADER.unpack_from(data)
+    if magic != HEADER_MAGIC or zeros != bytes(6) or kind not in (DATA_PACK, TREE_PACK):
+        raise Malformed("it does not begin like a pack")
+    if version != PACK_VERSION:
+        raise NewerFormat(f"a pack of version {version}")
+    return int(kind)
+
+
+def parse_pack(name: bytes, data: bytes) -> PackListing:
+    """What a whole pack's own index says, checked by its hash; raises `Malformed`.
+
+    The chunks themselves are not looked at.
+    """
+    kind = parse_header(data)
+    if len(data) < HEADER.size + FOOTER.size:
+        raise Malformed("it is shorter than a pack's header and footer")
+    footer = data[-FOOTER.size :]
+    count, zeros, magic, digest = FOOTER.unpack(footer)
+    start = len(data) - FOOTER.size - count * RECORD.size
+    if magic != FOOTER_MAGIC or zeros != 0 or start < HEADER.size:
+        raise Malformed("it does not end like a pack")
+    packed = data[start : -FOOTER.size]
+    if _trailer_hash(data[: HEADER.size], packed, footer[:_FOOTER_HASHED]) != digest:
+        raise Malformed("the hash of its records is wrong")
+    return PackListing(name, kind, len(data), parse_records(packed, len(data)))
+
+
+def scan_pack(data: bytes) -> Iterator[Record]:
+    """The chunks of a pack found by their entry headers, up to the first that is not whole.
+
+    For packs whose end is lost. The caller decodes each chunk and compares its hash: headers are not
+    protected otherwise. Raises `Malformed` when even the beginning is not that of a pack.
+    """
+    parse_header(data)
+    position = HEADER.size
+    while position + ENTRY.size <= len(data):
+        magic, codec, zeros, stored_length, plain_length, chunk_id = ENTRY.unpack_from(data, position)
+        offset = position + ENTRY.size
+        position = offset + stored_length
+        if (
+            magic != ENTRY_MAGIC
+            or zeros != bytes(3)
+            or not stored_length <= plain_length <= MAX_CHUNK_BYTES
+            or position > len(data)
+        ):
+            return
+        yield Record(chunk_id, offset, stored_length, plain_length, codec)
+
+
+def _trailer_hash(header: bytes, records: bytes, footer: bytes) -> bytes:
+    return blake3(header).update(records).update(footer).digest()

@@ -1,0 +1,270 @@
+"""Which chunk lies where: a cache of all index objects of one repository, in SQLite.
+
+Everything in it comes from the objects below `index/` and can be had again from them, so a damaged file
+is given up and another one made. It only says where to look: `repository` verifies what it finds there.
+Shared by the threads of a process, and by processes (a mount opens it as well): transactions are short.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Final, NamedTuple, TypeVar
+
+from blake3 import blake3
+
+from replicate.errors import RepositoryIncompatible, RepositoryUnreachable
+from replicated.format.canonical import Malformed, NewerFormat
+from replicated.format.listing import parse_index
+from replicated.format.pack import PackListing
+from replicated.sqlite import DatabaseUnusable, open_database
+from replicated.store.base import KeyMissing, Store
+
+INDEX_PREFIX: Final = "index/"
+#: "RPLX".
+APPLICATION_ID: Final = 0x52504C58
+SCHEMA_VERSION: Final = 1
+
+_SCHEMA = """
+CREATE TABLE packs (
+    number INTEGER PRIMARY KEY,
+    name BLOB NOT NULL UNIQUE
+);
+CREATE TABLE chunks (
+    id BLOB PRIMARY KEY,
+    pack INTEGER NOT NULL,
+    -- As in format.pack.Record.
+    offset INTEGER NOT NULL,
+    stored_length INTEGER NOT NULL,
+    plain_length INTEGER NOT NULL,
+    codec INTEGER NOT NULL
+) WITHOUT ROWID;
+-- The index objects whose records are all in `chunks`.
+CREATE TABLE objects (
+    name BLOB PRIMARY KEY
+) WITHOUT ROWID;
+"""
+
+_OBJECT_KEY = re.compile(INDEX_PREFIX + r"([0-9a-f]{64})")
+#: Ids in one query; SQLite allows some thousand variables.
+_BATCH = 500
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Location(NamedTuple):
+    """Where a chunk lies."""
+
+    pack: bytes
+    offset: int
+    stored_length: int
+    plain_length: int
+    codec: int
+
+
+class Index:
+    """The index of one repository; see the module's text. One connection behind one lock."""
+
+    def __init__(self, directory: Path, repository_id: str, store: Store) -> None:
+        self._store = store
+        self._directory = directory
+        # A copy of a repository has its id but not its packs, hence the URL.
+        self._prefix = f"{repository_id[:16]}-{blake3(store.url.encode()).hexdigest()[:16]}-"
+        self._lock = threading.RLock()
+        self._damaged: frozenset[str] = frozenset()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._connection = self._open()
+        except OSError as error:
+            raise self._unusable(error.strerror or str(error)) from error
+
+    @property
+    def damaged_objects(self) -> frozenset[str]:
+        """Keys of the index objects that could not be read at the last refresh."""
+        return self._damaged
+
+    def close(self) -> None:
+        """Close the database; may be called twice."""
+        with self._lock:
+            self._connection.close()
+
+    def refresh(self) -> None:
+        """Take in the index objects that were written since the last time, here or elsewhere.
+
+        A damaged one is reported in `damaged_objects` and in the log, and passed over: what it lists is
+        then missing here, which costs readers those chunks and writers only deduplication.
+        """
+        with self._lock:
+            self._attempt(self._refresh)
+
+    def rebuild(self) -> None:
+        """Throw the cache away and read all index objects again."""
+        with self._lock:
+            self._start_anew()
+            self._attempt(self._refresh)
+
+    def add(self, object_name: str, listings: Sequence[PackListing]) -> None:
+        """Take in an index object that was just written."""
+        with self._lock:
+            self._attempt(lambda: self._insert(object_name, listings))
+
+    def locate(self, chunk_ids: Iterable[bytes]) -> dict[bytes, Location]:
+        """Where these chunks lie; those that are not known are left out."""
+        wanted = list(chunk_ids)
+        with self._lock:
+            return self._attempt(lambda: self._locate(wanted))
+
+    def find_missing(self, chunk_ids: Iterable[bytes]) -> set[bytes]:
+        """Those of the chunks that are not known."""
+        wanted = set(chunk_ids)
+        with self._lock:
+            return wanted.difference(self._attempt(lambda: self._known(wanted)))
+
+    def _refresh(self) -> None:
+        # The known ones first: an object that is written meanwhile must not look like a vanished one.
+        known = {name.hex() for (name,) in self._connection.execute("SELECT name FROM objects")}
+        listed = set()
+        for info in self._store.list(INDEX_PREFIX):
+            if match := _OBJECT_KEY.fullmatch(info.key):
+                listed.add(match.group(1))
+        if known - listed:
+            # Somebody has collected garbage, or an older copy was put back: nothing can be trusted.
+            self._start_anew()
+            known = set()
+        damaged = set()
+        for name in sorted(listed - known):
+            key = INDEX_PREFIX + name
+            try:
+                self._insert(name, parse_index(self._store.get(key)))
+            except KeyMissing:
+                continue
+            except Malformed as error:
+                damaged.add(key)
+                _log.warning("index object %s in %s is damaged: %s", key, self._store.url, error)
+            except NewerFormat as error:
+                raise RepositoryIncompatible(
+                    f"{key} in {self._store.url} was written by a newer version: {error}",
+                    hint="upgrade replicate-vcs; nothing was changed",
+                ) from error
+        self._damaged = frozenset(damaged)
+
+    def _insert(self, object_name: str, listings: Sequence[PackListing]) -> None:
+        with self._connection as connection:
+            for listing in listings:
+                connection.execute("INSERT OR IGNORE INTO packs (name) VALUES (?)", (listing.name,))
+                (number,) = connection.execute(
+                    "SELECT number FROM packs WHERE name = ?", (listing.name,)
+                ).fetchone()
+                connection.executemany(
+                    "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        (record.chunk_id, number, *record[1:])
+                        for record in sorted(listing.records)  # in the order of the table: twice as fast
+                    ),
+                )
+            connection.execute("INSERT OR IGNORE INTO objects VALUES (?)", (bytes.fromhex(object_name),))
+
+    def _locate(self, wanted: Sequence[bytes]) -> dict[bytes, Location]:
+        found: dict[bytes, Location] = {}
+        for batch in _batches(wanted):
+            marks = ",".join("?" * len(batch))
+            rows = self._connection.execute(
+                "SELECT id, name, offset, stored_length, plain_length, codec "
+                f"FROM chunks JOIN packs ON number = pack WHERE id IN ({marks})",
+                batch,
+            )
+            found.update((row[0], Location._make(row[1:])) for row in rows)
+        return found
+
+    def _known(self, wanted: Iterable[bytes]) -> list[bytes]:
+        found: list[bytes] = []
+        for batch in _batches(wanted):
+            marks = ",".join("?" * len(batch))
+            rows = self._connection.execute(f"SELECT id FROM chunks WHERE id IN ({marks})", batch)
+            found.extend(chunk_id for (chunk_id,) in rows)
+        return found
+
+    def _attempt(self, action: Callable[[], T]) -> T:
+        """Do `action`; when the database turns out to be damaged, again with a new one."""
+        try:
+            try:
+                return action()
+            except sqlite3.DatabaseError as error:
+                # Subclasses say that something else is wrong (locked, disk full): the file is good.
+                if type(error) is not sqlite3.DatabaseError:
+                    raise
+                _log.warning("the index cache in %s is damaged and made anew: %s", self._directory, error)
+                self._start_anew()
+                self._refresh()
+                return action()
+        except sqlite3.Error as error:
+            raise self._unusable(str(error)) from error
+
+    def _start_anew(self) -> None:
+        self._connection.close()
+        self._connection = self._open(after=self._newest_generation())
+
+    def _open(self, after: int | None = None) -> sqlite3.Connection:
+        """Open the newest database, or one newer than `after`; older ones are removed.
+
+        A name is never used twice: a process that still has an old file open would remove the
+        write-ahead log of its successor when it closes.
+        """
+        newest = self._newest_generation()
+        generation = newest if newest is not None else 0
+        if after is not None:
+            generation = max(generation, after + 1)
+        while True:
+            try:
+                connection = open_database(
+                    self._path(generation),
+                    application_id=APPLICATION_ID,
+                    user_version=SCHEMA_VERSION,
+                    schema=_SCHEMA,
+                    durable=False,
+                )
+            except DatabaseUnusable as error:
+                if type(error.__cause__) not in (sqlite3.DatabaseError, type(None)):
+                    raise self._unusable(error.reason) from error
+                generation += 1
+                continue
+            self._remove_older_than(generation)
+            return connection
+
+    def _path(self, generation: int) -> Path:
+        return self._directory / f"{self._prefix}{generation}.db"
+
+    def _generations(self) -> Iterator[int]:
+        for name in os.listdir(self._directory):
+            number = name.removeprefix(self._prefix).removesuffix(".db")
+            if name == f"{self._prefix}{number}.db" and number.isdecimal():
+                yield int(number)
+
+    def _newest_generation(self) -> int | None:
+        return max(self._generations(), default=None)
+
+    def _remove_older_than(self, generation: int) -> None:
+        for older in self._generations():
+            if older < generation:
+                for suffix in ("", "-wal", "-shm"):
+                    Path(f"{self._path(older)}{suffix}").unlink(missing_ok=True)
+
+    def _unusable(self, reason: str) -> RepositoryUnreachable:
+        return RepositoryUnreachable(
+            f"cannot use the index cache in {self._directory}: {reason}",
+            hint="check that there is space and that you may write there",
+        )
+
+
+def _batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch

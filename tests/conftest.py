@@ -1,12 +1,82 @@
-"""Settings of the whole test suite: deterministic property tests by default, depth on demand.
+"""Settings of the whole test suite: deterministic property tests by default, depth on demand, and a tree.
 
 `HYPOTHESIS_PROFILE=deep pytest …` searches longer and with fresh seeds.
 """
 
 import os
 
+import blake3
 import hypothesis
+import pytest
+
+from replicate.errors import NotFound
+from replicated.format.manifest import FileContent
+from replicated.tree import Node
 
 hypothesis.settings.register_profile("default", derandomize=True, max_examples=60, deadline=None)
 hypothesis.settings.register_profile("deep", derandomize=False, max_examples=3000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+class MemoryReader:
+    def __init__(self, data):
+        self.data = data
+
+    def pread(self, offset, length):
+        return self.data[offset : offset + length]
+
+
+class MemoryTree:
+    """The interface of `replicated.tree.Tree` over nested dictionaries, for what needs no repository.
+
+    A dict is a directory, bytes are a file, a str is a link, and `(content, mode, mtime_ns)` sets what is
+    otherwise a default. `readers` replaces the reader of the files of a name.
+    """
+
+    def __init__(self, content):
+        self.readers = {}
+        self.listings = 0
+        self._entries = {}
+        self.root = self._add(b"", content)
+
+    def _add(self, name, content):
+        content, mode, mtime_ns = content if isinstance(content, tuple) else (content, 0o750, 10**18 + 7)
+        if isinstance(content, dict):
+            key = len(self._entries)
+            self._entries[key] = {}
+            self._entries[key].update({entry: self._add(entry, content[entry]) for entry in sorted(content)})
+            return Node(name, "directory", mode, mtime_ns, 0, b"", b"", (b"%d" % key,))
+        if isinstance(content, str):
+            target = os.fsencode(content)
+            return Node(
+                name, "symlink", mode, mtime_ns, len(target), blake3.blake3(target).digest(), target, None
+            )
+        node = FileContent(len(content), blake3.blake3(content).digest(), b"", (), content)
+        return Node(name, "file", mode, mtime_ns, node.size, node.hash, b"", node)
+
+    def children(self, node):
+        self.listings += 1
+        return self._entries[int(node.content[0])]
+
+    def find(self, path):
+        node = self.root
+        for name in path.split(b"/") if path else []:
+            if node.type != "directory" or name not in self.children(node):
+                raise NotFound(f"not in the snapshot: {path!r}")
+            node = self.children(node)[name]
+        return node
+
+    def walk(self, path=b""):
+        for node in self.children(self.find(path)).values():
+            below = path + b"/" + node.name if path else node.name
+            yield below, node
+            if node.type == "directory":
+                yield from self.walk(below)
+
+    def reader(self, node):
+        return self.readers.get(node.name) or MemoryReader(node.content.node)
+
+
+@pytest.fixture(scope="session")
+def memory_tree():
+    return MemoryTree

@@ -15,6 +15,7 @@ help. The class that is raised in the daemon is the class that arrives in the cl
     │   └── ChangedWhileReading           exit 1
     ├── NotStored                         exit 1   the snapshot is not, or never will be, in the repository
     ├── CheckoutConflict                  exit 1   files are in the way
+    ├── CheckoutFailed                    exit 1   a file could not be written
     ├── MountFailed                       exit 1
     ├── RepositoryError                   exit 1
     │   ├── RepositoryUnreachable         exit 3   retry helps
@@ -107,6 +108,12 @@ class CheckoutConflict(ReplicateError):
     """Files in the target directory are in the way."""
 
     code = "checkout_conflict"
+
+
+class CheckoutFailed(ReplicateError):
+    """A file could not be written to the target directory, for want of space or permission, say."""
+
+    code = "checkout_failed"
 
 
 class MountFailed(ReplicateError):

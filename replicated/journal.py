@@ -21,7 +21,7 @@ from replicate import wire
 from replicate._pb import daemon_pb2 as pb
 from replicate.ids import ExperimentId
 from replicate.records import CheckpointRecord, ExperimentRecord, ProcessIdentity
-from replicated.sqlite import open_database, transaction
+from replicated.sqlite import open_database
 
 JobKind = Literal["experiment", "checkpoint", "edit"]
 JobState = Literal["captured", "stored", "failed", "removed"]
@@ -128,7 +128,7 @@ class Journal:
 
     def add(self, job: Job) -> Job:
         """Commit a job, or return the one that has its id already; durable on return."""
-        with self._lock:
+        with self._lock, self._connection:
             self._connection.execute(
                 f"INSERT INTO jobs ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) "
                 "ON CONFLICT (id) DO NOTHING",
@@ -183,9 +183,14 @@ class Journal:
         """Every job of an experiment, in order."""
         return self._select("WHERE experiment_id = ? ORDER BY seq", (experiment_id,))
 
+    def set_durable(self, identifier: str) -> None:
+        """Commit that the spool of a job was fsynced."""
+        with self._lock, self._connection:
+            self._connection.execute("UPDATE jobs SET is_durable = 1 WHERE id = ?", (identifier,))
+
     def finish(self, identifier: str, state: JobState, now_ns: int, error: str = "") -> None:
         """Commit what became of a job; a removed job stays removed."""
-        with self._lock:
+        with self._lock, self._connection:
             self._connection.execute(
                 "UPDATE jobs SET state = ?, error = ?, finished_ns = ? WHERE id = ? AND state != 'removed'",
                 (state, error, now_ns, identifier),
@@ -193,7 +198,7 @@ class Journal:
 
     def remove(self, identifiers: Iterable[str], now_ns: int) -> None:
         """Turn jobs into tombstones."""
-        with self._lock, transaction(self._connection):
+        with self._lock, self._connection:
             self._connection.executemany(
                 "UPDATE jobs SET state = 'removed', error = '', finished_ns = ? WHERE id = ?",
                 [(now_ns, identifier) for identifier in identifiers],
@@ -201,7 +206,7 @@ class Journal:
 
     def forget_finished(self, now_ns: int) -> None:
         """Drop rows of stored jobs that nobody will ask about any more."""
-        with self._lock:
+        with self._lock, self._connection:
             self._connection.execute(
                 "DELETE FROM jobs WHERE state IN ('stored', 'removed') AND finished_ns < ?",
                 (now_ns - KEEP_FINISHED_NS,),
@@ -210,7 +215,7 @@ class Journal:
     def start_run(self, run: Run) -> None:
         """Remember a training process to be watched, also by the next daemon."""
         process = run.process
-        with self._lock:
+        with self._lock, self._connection:
             self._connection.execute(
                 "INSERT INTO runs VALUES (?, ?, ?, ?, ?) ON CONFLICT (experiment_id) DO UPDATE SET "
                 "repository = excluded.repository, pid = excluded.pid, start_ticks = excluded.start_ticks, "
@@ -220,7 +225,7 @@ class Journal:
 
     def end_run(self, experiment_id: str) -> bool:
         """Forget a run; whether it was there (so that of two who end it only one does)."""
-        with self._lock:
+        with self._lock, self._connection:
             cursor = self._connection.execute("DELETE FROM runs WHERE experiment_id = ?", (experiment_id,))
             return cursor.rowcount > 0
 

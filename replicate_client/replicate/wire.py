@@ -39,8 +39,10 @@ from replicate.records import (
 PROTOCOL_VERSION = 1
 #: Trailing metadata of a failed call; the suffix tells gRPC that it is binary.
 ERROR_METADATA_KEY = "replicate-error-bin"
-#: Larger messages are refused by both ends; long lists are streams and files never travel in one message.
-MAX_MESSAGE_BYTES = 16 << 20
+#: The daemon refuses larger requests; params and metrics are limited well below this.
+MAX_REQUEST_BYTES = 4 << 20
+#: The client refuses larger answers; long lists are streams and files never travel in one message.
+MAX_REPLY_BYTES = 16 << 20
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _INT64 = range(-(2**63), 2**63)
@@ -51,8 +53,10 @@ _Word = TypeVar("_Word", bound=str)
 
 def encode_error(error: ReplicateError) -> bytes:
     """An error as the bytes of an ErrorDetail."""
-    detail = pb.ErrorDetail(code=error.code, message=error.message, hint=error.hint)
-    detail.fields.update(error.fields)
+    detail = pb.ErrorDetail(
+        code=error.code, message=encode_text(error.message), hint=encode_text(error.hint)
+    )
+    detail.fields.update({name: encode_text(value) for name, value in error.fields.items()})
     return detail.SerializeToString()
 
 
@@ -60,6 +64,11 @@ def decode_error(data: bytes) -> ReplicateError:
     """The error that `encode_error` wrote, of the same class."""
     detail = pb.ErrorDetail.FromString(data)
     return errors.from_code(detail.code, detail.message, detail.hint, dict(detail.fields))
+
+
+def encode_text(text: str) -> str:
+    """Text for people in which paths may occur: undecodable bytes are shown as `\\xNN`."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def encode_path(path: str) -> bytes:
@@ -208,7 +217,7 @@ def encode_checkpoint(record: CheckpointRecord) -> pb.Checkpoint:
         paths=[encode_path(path) for path in record.paths],
         metrics=encode_mapping(record.metrics),
         state=record.state,
-        error=record.error,
+        error=encode_text(record.error),
     )
     if record.primary_metric is not None:
         message.primary_metric.CopyFrom(
@@ -242,7 +251,7 @@ def encode_summary(summary: ExperimentSummary) -> pb.ExperimentSummary:
         experiment=encode_experiment(summary.record),
         status=summary.status,
         state=summary.state,
-        error=summary.error,
+        error=encode_text(summary.error),
         ended_ns=encode_time(summary.ended) if summary.ended else 0,
         checkpoint_count=summary.checkpoint_count,
         duration_s=-1.0 if summary.duration_s is None else summary.duration_s,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeAlias, TypeVar, get_args
 
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId
 from replicate.records import (
@@ -56,7 +56,18 @@ class EndEdit:
     """The end of a run, as its process said or as the daemon saw."""
 
     status: EndStatus
-    ended: datetime
+    time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeEdit:
+    """A new process went on with an experiment that had ended."""
+
+    time: datetime
+
+
+#: What may be written about an experiment after its record; the newest word on its run counts.
+Edit: TypeAlias = EndEdit | ResumeEdit
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,18 +170,23 @@ def decode_checkpoint(data: bytes) -> CheckpointRecord:
 # Edits and heartbeats
 
 
-def encode_edit(edit: EndEdit) -> bytes:
+def encode_edit(edit: Edit) -> bytes:
     """`edits/<experiment id>/<id>.json`."""
-    return _seal({"type": "end", "status": edit.status, "ended": format_time(edit.ended)})
+    if isinstance(edit, EndEdit):
+        return _seal({"type": "end", "status": edit.status, "time": format_time(edit.time)})
+    return _seal({"type": "resume", "time": format_time(edit.time)})
 
 
-def decode_edit(data: bytes) -> EndEdit | None:
+def decode_edit(data: bytes) -> Edit | None:
     """What `encode_edit` wrote; None for a type of edit that this version does not know."""
     members = _unseal(data)
-    if members.get("type", str) != "end":
+    kind = members.get("type", str)
+    if kind == "resume":
+        return ResumeEdit(members.time("time"))
+    if kind != "end":
         return None
     status = _choice(members, "status", get_args(EndStatus))
-    return EndEdit(status, members.time("ended"))  # type: ignore[arg-type]  # checked the line before
+    return EndEdit(status, members.time("time"))  # type: ignore[arg-type]  # checked the line before
 
 
 def encode_heartbeat(heartbeat: Heartbeat) -> bytes:

@@ -66,14 +66,17 @@ class Spool:
         temporary = self.directory / f"{identifier}{TEMPORARY_SUFFIX}"
         final = self.directory / identifier
         if durable:
-            for entry in os.scandir(temporary):
-                _fsync(Path(entry.path))
-            _fsync(temporary)
+            _fsync_files(temporary)
         # Left by a daemon that died between this rename and its journal commit.
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         if durable:
             _fsync(self.directory)
+
+    def sync(self, identifier: str) -> None:
+        """Make a committed spool survive a power cut."""
+        _fsync_files(self.directory / identifier)
+        _fsync(self.directory)
 
     def abandon(self, identifier: str) -> None:
         """Remove what `begin` made."""
@@ -150,6 +153,13 @@ def read_entries(directory: Path) -> Iterator[SpooledEntry]:
                 raise CaptureFailed(f"the spool is cut short: {directory}")
     except (OSError, ValueError, TypeError) as error:
         raise CaptureFailed(f"the spool cannot be read: {directory}: {error}") from error
+
+
+def _fsync_files(directory: Path) -> None:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            _fsync(Path(entry.path))
+    _fsync(directory)
 
 
 def _fsync(path: Path) -> None:

@@ -1,0 +1,53 @@
+"""The command `replicated`: the daemon, and the process that serves one mount.
+
+People use `replicate`, which starts these on demand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from replicate._version import __version__
+from replicate.errors import ReplicateError
+from replicate.home import find_home
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["mount-process"]:
+        from replicated.mount import process  # loads libfuse, which the daemon never needs
+
+        return process.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="replicated", description="The daemon of replicate; `replicate` starts it on demand."
+    )
+    parser.add_argument("--version", action="version", version=f"replicated {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="run the daemon in the foreground")
+    serve.add_argument("--on-demand", action="store_true", help="leave when there is nothing to do any more")
+    serve.add_argument(
+        "--idle-exit", type=float, default=None, metavar="SECONDS", help="how long that takes (600)"
+    )
+    options = parser.parse_args(arguments)
+    return _serve(options)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from replicated import daemon  # grpc and everything else: 0.2 s that `--help` does without
+
+    idle_exit_s = daemon.IDLE_EXIT_S if options.idle_exit is None else options.idle_exit
+    try:
+        daemon.serve(find_home(), on_demand=options.on_demand, idle_exit_s=idle_exit_s)
+    except ReplicateError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The files behind an id: resolve it, check that its snapshots are stored, open the tree.
+
+What `files`, `cat`, `diff`, `checkout` and `mount` have in common. A checkpoint's files are laid over
+those that `init` saved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from replicate.errors import NotFound, NotStored
+from replicate.ids import SnapshotId, short
+from replicate.records import FileEntry, SnapshotState
+from replicated.experiments import Experiments, Resolution
+from replicated.repositories import OpenRepositories
+from replicated.tree import Node, Tree, open_tree
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A reference and the files that it stands for."""
+
+    resolution: Resolution
+    snapshot_ids: tuple[SnapshotId, ...]
+    tree: Tree
+
+
+class Browser:
+    """Opens the trees of any repository. Thread-safe."""
+
+    def __init__(self, experiments: Experiments, repositories: OpenRepositories) -> None:
+        self._experiments = experiments
+        self._repositories = repositories
+
+    def open(self, repository: str, reference: str) -> Opened:
+        """The files that a reference stands for.
+
+        Raises what resolving raises, `NotFound` when no files were saved, and `NotStored` when they are
+        still being stored (field `state` "captured", field `id` what to wait for) or never will be.
+        """
+        resolution = self._experiments.resolve(repository, reference)
+        identifiers = tuple(_snapshot_ids(resolution))
+        return Opened(resolution, identifiers, open_tree(self._repositories.get(repository), *identifiers))
+
+
+def file_entry(path: bytes, node: Node) -> FileEntry:
+    """A node of a tree as users see it."""
+    return FileEntry(
+        path=os.fsdecode(path),
+        type=node.type,
+        mode=node.mode,
+        size=node.size,
+        mtime_ns=node.mtime_ns,
+        hash=node.hash.hex(),
+        target=os.fsdecode(node.target),
+    )
+
+
+def _snapshot_ids(resolution: Resolution) -> Iterator[SnapshotId]:
+    summary, checkpoint = resolution.summary, resolution.checkpoint
+    has_own_files = checkpoint is not None and bool(checkpoint.paths)
+    if summary.record.paths and not (summary.state == "failed" and has_own_files):
+        _check_stored(summary.record.id, "experiment", summary.state, summary.error)
+        yield SnapshotId(summary.record.id)
+    if checkpoint is not None and checkpoint.paths:
+        _check_stored(checkpoint.id, "checkpoint", checkpoint.state, checkpoint.error)
+        yield SnapshotId(checkpoint.id)
+    elif not summary.record.paths:
+        named = short(checkpoint.id if checkpoint else summary.record.id)
+        raise NotFound(
+            f"no files were saved with {named}",
+            hint="give `path` to init() or checkpoint() to save files",
+            fields={"id": checkpoint.id if checkpoint else summary.record.id},
+        )
+
+
+def _check_stored(identifier: str, kind: str, state: SnapshotState, error: str) -> None:
+    if state == "captured":
+        raise NotStored(
+            f"the files of {kind} {short(identifier)} are still being stored",
+            hint=f"`replicate flush {short(identifier)}` waits for them",
+            fields={"state": state, "id": identifier},
+        )
+    if state == "failed":
+        raise NotStored(
+            f"the files of {kind} {short(identifier)} were not stored: {error}",
+            hint="its params and metrics are there: `replicate show`",
+            fields={"state": state, "id": identifier},
+        )

@@ -1,0 +1,260 @@
+"""The composition root: builds every object of the daemon once, and takes them down in reverse.
+
+One daemon a home, guarded by a lock that is held from before the socket exists until the process ends:
+without it, a second server would take the socket over without a word. All that must survive is in the
+journal and the spool, so the daemon may be killed at any moment; a clean stop only saves work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import logging.handlers
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
+
+from replicate._version import __version__
+from replicate.errors import DaemonUnavailable
+from replicate.home import Home, make_private
+from replicated.browse import Browser
+from replicated.experiments import Experiments
+from replicated.intake import Intake
+from replicated.jobs import Jobs
+from replicated.journal import Journal
+from replicated.liveness import RunWatcher
+from replicated.mount.table import MountTable
+from replicated.removal import Removal
+from replicated.repositories import OpenRepositories
+from replicated.rpc import RpcServer, Services
+from replicated.snapshot.capture import Capturer
+from replicated.snapshot.spool import Spool
+from replicated.sqlite import DatabaseUnusable
+
+#: A daemon that was started on demand and has had nothing to do for this long leaves.
+IDLE_EXIT_S = 600.0
+#: How long a stop waits for captures and checkouts that are being answered.
+STOP_GRACE_S = 30.0
+#: How long a start waits for a daemon that is leaving.
+LOCK_PATIENCE_S = 20.0
+#: sun_path of a Unix socket holds 108 bytes, the last of them NUL.
+MAX_SOCKET_PATH = 107
+
+_LOG_BYTES = 5 << 20
+_LOG_FILES = 3
+
+_log = logging.getLogger(__name__)
+
+
+def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S) -> None:
+    """Run the daemon of a home until it is told to stop, or is idle when it was started on demand.
+
+    Raises `DaemonUnavailable` when another daemon owns the home or its state cannot be used.
+    """
+    for directory in (home.run, home.state, home.spool, home.cache, home.logs):
+        make_private(directory)
+    with _owning(home):
+        _start_logging(home)
+        _raise_descriptor_limit()
+        stop = threading.Event()
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        _log.info("replicated %s starts, pid %d", __version__, os.getpid())
+        try:
+            with ExitStack() as stack:
+                is_idle = _build(home, stack, stop)
+                while not stop.wait(1.0):
+                    if on_demand and is_idle() > idle_exit_s:
+                        _log.info("idle, leaving")
+                        stop.set()
+        except Exception:
+            _log.exception("the daemon ends because of an error")
+            raise
+        _log.info("stopped")
+
+
+class _Idleness:
+    """How long there has been nothing to do."""
+
+    def __init__(self, server: RpcServer, journal: Journal, jobs: Jobs, mounts: MountTable) -> None:
+        self._server = server
+        self._journal = journal
+        self._jobs = jobs
+        self._mounts = mounts
+        self._busy_at = time.monotonic()
+
+    def __call__(self) -> float:
+        since_request = self._server.activity.idle_s()
+        # Asked only when it could matter: these read the database and the mount table.
+        if since_request > 1.0 and self._is_busy():
+            self._busy_at = time.monotonic()
+        return min(since_request, time.monotonic() - self._busy_at)
+
+    def _is_busy(self) -> bool:
+        if self._journal.runs() or self._mounts.list():
+            return True
+        # Jobs that only wait for an unreachable repository are safe in the journal.
+        return bool(self._journal.captured()) and not self._jobs.progress().waiting_because
+
+
+def _build(home: Home, stack: ExitStack, stop: threading.Event) -> _Idleness:
+    """Make everything, in the order in which data flows; the stack takes it down in reverse."""
+    journal = _open_journal(home)
+    stack.callback(journal.close)
+    journal.forget_finished(time.time_ns())
+    spool = Spool(home.spool)
+    _clean_spool(spool, journal)
+    repositories = OpenRepositories(home.cache)
+    stack.callback(repositories.close)
+    jobs = Jobs(journal, spool, repositories)
+    experiments = Experiments(journal, repositories, home.cache / "catalogs")
+    stack.callback(experiments.close)
+    host = socket.gethostname()
+    watcher = RunWatcher(
+        on_gone=lambda run: intake.process_gone(run), on_beat=lambda run: intake.beat(run, host)
+    )
+    intake = Intake(
+        journal,
+        Capturer(spool, private=(home.state, home.cache, home.run, home.logs)),
+        repositories,
+        wake=jobs.wake,
+        watch=watcher.watch,
+        forget=watcher.forget,
+    )
+    mounts = MountTable(home)
+    mounts.clean_dead()
+    server = RpcServer(
+        Services(
+            home_spool=spool,
+            journal=journal,
+            intake=intake,
+            jobs=jobs,
+            repositories=repositories,
+            experiments=experiments,
+            browser=Browser(experiments, repositories),
+            removal=Removal(journal, spool, jobs, experiments, repositories),
+            mounts=mounts,
+            request_stop=stop.set,
+        )
+    )
+    stack.callback(jobs.stop)
+    jobs.start()
+    watcher.start()
+    stack.callback(watcher.stop)
+    for run in journal.runs():
+        watcher.watch(run)
+    _listen(home, server, stack)
+    return _Idleness(server, journal, jobs, mounts)
+
+
+def _listen(home: Home, server: RpcServer, stack: ExitStack) -> None:
+    path = str(home.socket)
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        descriptor = os.open(home.run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, descriptor)
+        path = f"/proc/self/fd/{descriptor}/{home.socket.name}"
+    # Left by a daemon that was killed; we hold the lock, so nobody listens on it.
+    home.socket.unlink(missing_ok=True)
+    server.start(path)
+    home.socket.chmod(0o600)
+
+    def stop_listening() -> None:
+        # First the name, so that clients who come now start the next daemon, which waits for the lock.
+        home.socket.unlink(missing_ok=True)
+        server.stop(STOP_GRACE_S)
+
+    stack.callback(stop_listening)
+
+
+@contextmanager
+def _owning(home: Home) -> Iterator[None]:
+    """Hold the lock of a home; its file holds our pid. Raises `DaemonUnavailable` when another does."""
+    descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if _is_served(home) or time.monotonic() > deadline:
+                    owner = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "?"
+                    raise DaemonUnavailable(
+                        f"another replicated (pid {owner}) owns {home.run}",
+                        hint="`replicate daemon stop` stops it",
+                        fields={"pid": owner},
+                    ) from None
+            time.sleep(0.02)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _is_served(home: Home) -> bool:
+    """Whether somebody listens on the socket (as opposed to a daemon that is just leaving)."""
+    directory = os.open(home.run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)
+            probe.connect(f"/proc/self/fd/{directory}/{home.socket.name}")
+            return True
+    except OSError:
+        return False
+    finally:
+        os.close(directory)
+
+
+def _open_journal(home: Home) -> Journal:
+    try:
+        return Journal(home.journal)
+    except DatabaseUnusable as error:
+        raise DaemonUnavailable(
+            f"the journal cannot be used: {error}",
+            hint=f"nothing was changed; move {home.journal} away to begin a new one"
+            " (what it had not stored yet stays in the spool beside it)",
+        ) from error
+
+
+def _clean_spool(spool: Spool, journal: Journal) -> None:
+    """Remove what captures that were never acknowledged, or jobs that are finished, left behind."""
+    needed = {job.id for job in journal.captured() if job.has_files}
+    for identifier in spool.identifiers():
+        if identifier not in needed:
+            spool.remove(identifier)
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _start_logging(home: Home) -> None:
+    handler = logging.handlers.RotatingFileHandler(
+        home.log_file,
+        maxBytes=_LOG_BYTES,
+        backupCount=_LOG_FILES,
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
+    formatter = logging.Formatter(
+        "%(asctime)s.%(msecs)03dZ %(levelname)s %(threadName)s %(message)s", "%Y-%m-%dT%H:%M:%S"
+    )
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)

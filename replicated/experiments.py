@@ -1,0 +1,312 @@
+"""Experiments as users ask for them: the catalog, with what the journal and the watcher know on top.
+
+A snapshot that is captured but not stored yet, or that failed, is in no repository; users of this
+machine see it all the same, in its state. Here live lists with filters, the meaning of every form of id
+(`EXP:best`, `latest`, a prefix, …) and the status of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from replicate.errors import Ambiguous, InvalidArgument, NotFound
+from replicate.ids import Reference, parse_reference, short
+from replicate.records import (
+    CheckpointRecord,
+    ExperimentSummary,
+    SnapshotState,
+    Status,
+    best_checkpoint,
+    latest_checkpoint,
+    utc_now,
+)
+from replicated.catalog import Catalog, CatalogEntry
+from replicated.filters import parse_filter, sort_summaries
+from replicated.format.metadata import EndEdit, decode_edit
+from replicated.journal import Job, Journal, Run
+from replicated.processes import current_boot_id, is_alive
+from replicated.repositories import OpenRepositories
+from replicated.repository import Repository
+
+#: Three heartbeats missed and some slack for clocks that differ.
+HEARTBEAT_FRESH = timedelta(seconds=45)
+
+Chosen = Literal["", "best", "latest", "code", "step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a reference means: an experiment, and a checkpoint of it unless none is meant."""
+
+    summary: ExperimentSummary
+    checkpoint: CheckpointRecord | None
+    #: Whether the reference named the experiment, so that the checkpoint was chosen for the user.
+    named_experiment: bool
+    chosen: Chosen
+
+
+class Experiments:
+    """Answers questions about the experiments of any repository. Thread-safe."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        repositories: OpenRepositories,
+        catalogs: Path,
+    ) -> None:
+        self._journal = journal
+        self._repositories = repositories
+        self._directory = catalogs
+        self._lock = threading.Lock()
+        self._catalogs: dict[str, tuple[Repository, Catalog]] = {}
+
+    def close(self) -> None:
+        """Close the catalogs."""
+        with self._lock:
+            for _, catalog in self._catalogs.values():
+                catalog.close()
+            self._catalogs.clear()
+
+    def list_experiments(
+        self, repository: str, filters: Sequence[str] = (), sort: str = "", limit: int = 0
+    ) -> list[ExperimentSummary]:
+        """Experiments that pass all filters, in order; the newest `limit` of that order if not 0."""
+        now = utc_now()
+        predicates = [parse_filter(text, now) for text in filters]
+        summaries = [s for s in self._summaries(repository) if all(accept(s) for accept in predicates)]
+        ordered = sort_summaries(summaries, sort)
+        if not limit:
+            return ordered
+        return ordered[-limit:] if not sort else ordered[:limit]
+
+    def checkpoints(self, repository: str, reference: str) -> list[CheckpointRecord]:
+        """The checkpoints of the experiment that a reference names, oldest first."""
+        resolution = self.resolve(repository, reference)
+        return self._checkpoints(self._catalog(repository), repository, resolution.summary.record.id)
+
+    def resolve(self, repository: str, text: str) -> Resolution:
+        """What an id, in any form that users may write, means.
+
+        Raises `InvalidArgument`, `NotFound` or `Ambiguous`.
+        """
+        reference = parse_reference(text)
+        catalog = self._catalog(repository)
+        catalog.refresh()
+        if reference.is_latest:
+            summaries = self._summaries(repository)
+            if not summaries:
+                raise NotFound("there is no experiment yet", hint="call replicate.init() in a script")
+            return self._choose(catalog, repository, summaries[-1], reference, text)
+        experiments, checkpoints = self._find_ids(catalog, repository, reference.prefix)
+        found = sorted(experiments | checkpoints.keys())
+        if not found:
+            raise NotFound(
+                f"no experiment or checkpoint starts with: {reference.prefix}",
+                hint="`replicate ls` lists the experiments",
+                fields={"prefix": reference.prefix},
+            )
+        if len(found) > 1:
+            shown = ", ".join(identifier[: len(reference.prefix) + 4] for identifier in found[:5])
+            raise Ambiguous(
+                f"{len(found)} ids start with {reference.prefix}: {shown}",
+                hint="give more characters",
+                fields={"prefix": reference.prefix},
+            )
+        identifier = found[0]
+        if identifier in experiments:
+            summary = self._summary(catalog, repository, identifier)
+            return self._choose(catalog, repository, summary, reference, text)
+        if reference.selector:
+            raise InvalidArgument(
+                f"{short(identifier)} is a checkpoint, so it has no :{reference.selector}",
+                hint="give the id of its experiment",
+            )
+        summary = self._summary(catalog, repository, checkpoints[identifier])
+        for checkpoint in self._checkpoints(catalog, repository, checkpoints[identifier]):
+            if checkpoint.id == identifier:
+                return Resolution(summary, checkpoint, named_experiment=False, chosen="")
+        raise NotFound(f"checkpoint {short(identifier)} was removed in this moment")
+
+    def _choose(
+        self, catalog: Catalog, repository: str, summary: ExperimentSummary, reference: Reference, text: str
+    ) -> Resolution:
+        """The checkpoint of an experiment that a reference selects."""
+        selector = reference.selector
+        checkpoint: CheckpointRecord | None = None
+        chosen: Chosen = selector
+        if selector == "":
+            checkpoint = summary.best or summary.latest
+            chosen = "best" if summary.best else "latest" if summary.latest else ""
+        elif selector == "best":
+            checkpoint = summary.best
+        elif selector == "latest":
+            checkpoint = summary.latest
+        elif selector == "step":
+            matching = [
+                c
+                for c in self._checkpoints(catalog, repository, summary.record.id)
+                if c.step == reference.step
+            ]
+            checkpoint = latest_checkpoint(matching)
+        if checkpoint is None and selector in ("best", "latest", "step"):
+            raise NotFound(
+                f"experiment {short(summary.record.id)} has no such checkpoint: {text}",
+                hint="no checkpoint has a primary metric" if selector == "best" and summary.latest else "",
+            )
+        return Resolution(summary, checkpoint, named_experiment=True, chosen=chosen)
+
+    def _catalog(self, url: str) -> Catalog:
+        repository = self._repositories.get(url)
+        with self._lock:
+            known = self._catalogs.get(url)
+            if known is not None:
+                if known[0] is repository:
+                    return known[1]
+                known[1].close()  # the repository was deleted and made anew
+            catalog = Catalog(repository, self._directory)
+            self._catalogs[url] = repository, catalog
+            return catalog
+
+    def _summaries(self, repository: str) -> list[ExperimentSummary]:
+        """Every experiment, oldest first."""
+        catalog = self._catalog(repository)
+        catalog.refresh()
+        jobs = self._overlay(repository)
+        entries = list(catalog.entries())
+        known = {entry.record.id for entry in entries}
+        pending = [_pending_entry(job) for job in jobs.experiments.values() if job.id not in known]
+        summaries = [self._summarise(catalog, repository, entry, jobs) for entry in [*entries, *pending]]
+        return sorted(summaries, key=lambda s: (s.record.created, s.record.id))
+
+    def _summary(self, catalog: Catalog, repository: str, experiment_id: str) -> ExperimentSummary:
+        jobs = self._overlay(repository)
+        entry = next(catalog.entries(experiment_id), None)
+        if entry is None:
+            if experiment_id not in jobs.experiments:
+                raise NotFound(f"experiment {short(experiment_id)} was removed")
+            entry = _pending_entry(jobs.experiments[experiment_id])
+        return self._summarise(catalog, repository, entry, jobs)
+
+    def _summarise(
+        self, catalog: Catalog, repository: str, entry: CatalogEntry, jobs: _Overlay
+    ) -> ExperimentSummary:
+        identifier = entry.record.id
+        state, error = entry.state, entry.error
+        job = jobs.experiments.get(identifier)
+        if job is not None:
+            state, error = _visible_state(job), job.error
+        count, latest, best = entry.checkpoint_count, entry.latest, entry.best
+        if identifier in jobs.checkpoints:
+            merged = _merge(catalog.checkpoints(identifier), jobs.checkpoints[identifier])
+            count, latest, best = len(merged), latest_checkpoint(merged), best_checkpoint(merged)
+        status, ended = self._status(repository, entry, jobs)
+        return ExperimentSummary(
+            record=entry.record,
+            status=status,
+            state=state,
+            error=error,
+            ended=ended,
+            checkpoint_count=count,
+            latest=latest,
+            best=best,
+            duration_s=_duration(entry, status, ended, latest),
+        )
+
+    def _status(self, repository: str, entry: CatalogEntry, jobs: _Overlay) -> tuple[Status, datetime | None]:
+        record = entry.record
+        run = jobs.runs.get(record.id)
+        if run is not None:
+            # The watcher is about to record the end of a process that is gone.
+            return ("running" if is_alive(run.process) else "killed"), None
+        edit = jobs.ends.get(record.id)
+        if edit is not None:
+            return edit.status, edit.time
+        if entry.end_status is not None:
+            return entry.end_status, entry.ended
+        process = record.process
+        if process is not None and process.boot_id == current_boot_id():
+            # Of this machine, recorded by a daemon of another home.
+            return ("running" if is_alive(process) else "killed"), None
+        heartbeat = self._repositories.get(repository).load_heartbeat(record.id)
+        if heartbeat is not None and utc_now() - heartbeat.time < HEARTBEAT_FRESH:
+            return "running", None
+        return "unknown", None
+
+    def _overlay(self, repository: str) -> _Overlay:
+        return _Overlay(self._journal.unfinished(repository), self._journal.runs())
+
+    def _checkpoints(self, catalog: Catalog, repository: str, experiment_id: str) -> list[CheckpointRecord]:
+        jobs = self._overlay(repository)
+        return _merge(catalog.checkpoints(experiment_id), jobs.checkpoints.get(experiment_id, []))
+
+    def _find_ids(self, catalog: Catalog, repository: str, prefix: str) -> tuple[set[str], dict[str, str]]:
+        experiments, checkpoints = catalog.find_ids(prefix)
+        for job in self._journal.unfinished(repository):
+            if job.kind == "experiment" and job.id.startswith(prefix):
+                experiments.add(job.id)
+            elif job.kind == "checkpoint" and job.id.startswith(prefix):
+                checkpoints[job.id] = job.experiment_id
+        return experiments, checkpoints
+
+
+class _Overlay:
+    """What the journal knows beyond the repository: unfinished jobs by what they are, and live runs."""
+
+    def __init__(self, jobs: Iterable[Job], runs: Iterable[Run]) -> None:
+        self.runs = {run.experiment_id: run for run in runs}
+        self.experiments: dict[str, Job] = {}
+        self.checkpoints: dict[str, list[CheckpointRecord]] = {}
+        #: The newest end that is not in the repository yet.
+        self.ends: dict[str, EndEdit] = {}
+        for job in jobs:
+            if job.kind == "experiment":
+                self.experiments[job.id] = job
+            elif job.kind == "checkpoint":
+                record = job.checkpoint()
+                state = _visible_state(job)
+                record = dataclasses.replace(record, state=state, error=job.error or record.error)
+                self.checkpoints.setdefault(job.experiment_id, []).append(record)
+            else:
+                edit = decode_edit(job.record)
+                if isinstance(edit, EndEdit):
+                    self.ends[job.experiment_id] = edit
+
+
+def _visible_state(job: Job) -> SnapshotState:
+    return "failed" if job.state == "failed" else "captured"
+
+
+def _pending_entry(job: Job) -> CatalogEntry:
+    """An experiment that is not in the repository yet, as if it were."""
+    return CatalogEntry(
+        record=job.experiment(),
+        state=_visible_state(job),
+        error=job.error,
+        checkpoint_count=0,
+        latest=None,
+        best=None,
+        end_status=None,
+        ended=None,
+    )
+
+
+def _merge(stored: Sequence[CheckpointRecord], pending: Sequence[CheckpointRecord]) -> list[CheckpointRecord]:
+    """Checkpoints of the repository and of the journal, oldest first, each once."""
+    known = {checkpoint.id for checkpoint in stored}
+    merged = [*stored, *(checkpoint for checkpoint in pending if checkpoint.id not in known)]
+    return sorted(merged, key=lambda c: (c.created, c.id))
+
+
+def _duration(
+    entry: CatalogEntry, status: Status, ended: datetime | None, latest: CheckpointRecord | None
+) -> float | None:
+    """Seconds from the start to the end, or to now while running, or to the last sign otherwise."""
+    if ended is None:
+        ended = utc_now() if status == "running" else latest.created if latest else None
+    return None if ended is None else max(0.0, (ended - entry.record.created).total_seconds())

@@ -1,0 +1,224 @@
+"""Takes requests in: capture the files, commit the journal, answer.
+
+When a method here has returned, the snapshot is the daemon's: the training script may change or delete
+the files, or die. A request is known by the id that the client chose, so that a repeated one gets the
+stored answer and captures nothing twice. Called by `rpc` from many threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+from replicate import wire
+from replicate.errors import CaptureFailed, NotFound
+from replicate.ids import ExperimentId, short
+from replicate.records import (
+    CheckpointRecord,
+    EndStatus,
+    ExperimentRecord,
+    ProcessIdentity,
+    SnapshotState,
+    utc_now,
+)
+from replicated.format.metadata import Edit, EndEdit, Heartbeat, ResumeEdit, encode_edit
+from replicated.journal import Job, JobState, Journal, Run
+from replicated.processes import current_boot_id
+from replicated.repositories import OpenRepositories
+from replicated.snapshot.capture import Captured, Capturer, CaptureRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The answer to a request: what was captured, and what has become of it since."""
+
+    captured: Captured
+    state: SnapshotState
+
+
+class Intake:
+    """Accepts experiments, checkpoints and the ends of runs; see the module's text."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        capturer: Capturer,
+        repositories: OpenRepositories,
+        *,
+        wake: Callable[[str], None],
+        watch: Callable[[Run], None],
+        forget: Callable[[str], None],
+    ) -> None:
+        self._journal = journal
+        self._capturer = capturer
+        self._repositories = repositories
+        self._wake = wake
+        self._watch = watch
+        self._forget = forget
+        self._lock = threading.Lock()
+        #: Ids being accepted; guarded by the lock. The condition tells that one has left.
+        self._in_progress: set[str] = set()
+        self._left = threading.Condition(self._lock)
+
+    def create_experiment(
+        self, repository: str, record: ExperimentRecord, request: CaptureRequest | None
+    ) -> Accepted:
+        """Capture and journal an experiment, and watch its process.
+
+        Raises what opening the repository and capturing raise; nothing is recorded then.
+        """
+        with self._exclusive(record.id):
+            answered = self._answered(record.id)
+            if answered is not None:
+                return answered
+            accepted = self._accept(
+                Job(
+                    id=record.id,
+                    kind="experiment",
+                    experiment_id=record.id,
+                    repository=repository,
+                    record=wire.encode_experiment(record).SerializeToString(),
+                    created_ns=time.time_ns(),
+                ),
+                request,
+            )
+        if record.process is not None:
+            self._begin_run(Run(record.id, repository, record.process))
+        return accepted
+
+    def create_checkpoint(
+        self, repository: str, record: CheckpointRecord, request: CaptureRequest | None
+    ) -> Accepted:
+        """Capture and journal a checkpoint.
+
+        Raises `PathMissing` when nothing was recorded, and other `CaptureFailed` when the checkpoint was
+        recorded, with its metrics and the reason, as failed.
+        """
+        with self._exclusive(record.id):
+            answered = self._answered(record.id)
+            if answered is not None:
+                return answered
+            self._check_experiment(repository, record.experiment_id)
+            job = Job(
+                id=record.id,
+                kind="checkpoint",
+                experiment_id=record.experiment_id,
+                repository=repository,
+                record=wire.encode_checkpoint(record).SerializeToString(),
+                created_ns=time.time_ns(),
+            )
+            try:
+                return self._accept(job, request)
+            except CaptureFailed as error:
+                failed = dataclasses.replace(record, state="failed", error=error.message)
+                encoded = wire.encode_checkpoint(failed).SerializeToString()
+                self._journal.add(dataclasses.replace(job, record=encoded))
+                self._wake(repository)
+                raise
+
+    def end_experiment(
+        self, repository: str, experiment_id: ExperimentId, status: EndStatus, ended: datetime
+    ) -> None:
+        """Record how a run ended."""
+        self._journal.end_run(experiment_id)
+        self._forget(experiment_id)
+        self._add_edit(repository, experiment_id, EndEdit(status, ended))
+
+    def resume_experiment(
+        self, repository: str, experiment_id: ExperimentId, process: ProcessIdentity, at: datetime
+    ) -> None:
+        """Record that a new process goes on with an experiment."""
+        self._check_experiment(repository, experiment_id)
+        self._begin_run(Run(experiment_id, repository, process))
+        self._add_edit(repository, experiment_id, ResumeEdit(at))
+
+    def process_gone(self, run: Run) -> None:
+        """Record that a training process ended without a word; called by the watcher."""
+        if self._journal.end_run(run.experiment_id):
+            self._add_edit(run.repository, run.experiment_id, EndEdit("killed", utc_now()))
+
+    def beat(self, run: Run, host: str) -> None:
+        """Write the heartbeat of a run, once its experiment is in the repository; best effort."""
+        job = self._journal.find(run.experiment_id)
+        if job is not None and job.state != "stored":
+            return
+        repository = self._repositories.get(run.repository)
+        repository.put_heartbeat(Heartbeat(run.experiment_id, utc_now(), host, run.process))
+
+    def _begin_run(self, run: Run) -> None:
+        self._journal.start_run(run)
+        self._watch(run)
+
+    def _accept(self, job: Job, request: CaptureRequest | None) -> Accepted:
+        opened = self._repositories.get(job.repository, create=True)
+        captured = Captured(0, 0, ())
+        if request is not None:
+            captured = self._capturer.capture(request, opened.store.capabilities.local_root)
+            job = dataclasses.replace(
+                job,
+                has_files=True,
+                file_count=captured.file_count,
+                size_bytes=captured.size_bytes,
+                is_durable=request.durable,
+            )
+        self._journal.add(dataclasses.replace(job, boot_id=current_boot_id()))
+        self._wake(job.repository)
+        return Accepted(captured, "captured")
+
+    def _answered(self, identifier: str) -> Accepted | None:
+        job = self._journal.find(identifier)
+        if job is None:
+            return None
+        return Accepted(Captured(job.file_count, job.size_bytes, ()), _public_state(job.state))
+
+    def _check_experiment(self, repository: str, experiment_id: ExperimentId) -> None:
+        job = self._journal.find(experiment_id)
+        if job is None:
+            self._repositories.get(repository).load_experiment(experiment_id)
+        elif job.state == "removed":
+            raise NotFound(
+                f"experiment {short(experiment_id)} was deleted",
+                hint="call replicate.init() to begin a new one",
+                fields={"id": experiment_id},
+            )
+
+    def _add_edit(self, repository: str, experiment_id: ExperimentId, edit: Edit) -> None:
+        encoded = encode_edit(edit)
+        # Made of what is said, so that a repeated request is the same edit.
+        identifier = hashlib.sha256(experiment_id.encode() + encoded).hexdigest()
+        self._journal.add(
+            Job(
+                id=identifier,
+                kind="edit",
+                experiment_id=experiment_id,
+                repository=repository,
+                record=encoded,
+                created_ns=time.time_ns(),
+                boot_id=current_boot_id(),
+            )
+        )
+        self._wake(repository)
+
+    @contextmanager
+    def _exclusive(self, identifier: str) -> Iterator[None]:
+        """One request of an id at a time: a client that lost its connection may repeat it meanwhile."""
+        with self._left:
+            while identifier in self._in_progress:
+                self._left.wait()
+            self._in_progress.add(identifier)
+        try:
+            yield
+        finally:
+            with self._left:
+                self._in_progress.remove(identifier)
+                self._left.notify_all()
+
+
+def _public_state(state: JobState) -> SnapshotState:
+    return "failed" if state == "removed" else state

@@ -1,0 +1,281 @@
+"""Workers that bring captured snapshots from the spool into their repositories, in order.
+
+One thread a repository takes the oldest captured job of the journal, stores it and commits what became
+of it; nothing is kept in memory that the journal does not know, so a daemon that dies is continued by
+the next one. Trouble with a repository is retried for ever, with growing pauses, and visible in
+`status`; only damage of the captured bytes themselves makes a job fail. Runs at low CPU priority:
+training comes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from replicate.errors import CaptureFailed, ReplicateError, RepositoryError
+from replicate.ids import SnapshotId, short
+from replicated.format.metadata import EndEdit, decode_edit
+from replicated.journal import Job, Journal
+from replicated.processes import current_boot_id
+from replicated.repositories import OpenRepositories
+from replicated.repository import Repository
+from replicated.snapshot.ingest import ingest
+from replicated.snapshot.spool import Spool
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 60.0
+#: A bug of ours is tried this often before the job fails, so that it cannot block the queue for ever.
+UNEXPECTED_TRIES = 3
+WORKER_NICENESS = 10
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the workers do at the moment."""
+
+    active_ids: frozenset[str] = frozenset()
+    #: The job of which the figures below speak; empty when none.
+    active_id: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    bytes_per_second: float = 0.0
+    #: Why nothing moves, when a repository cannot be written to.
+    waiting_because: str = ""
+
+
+class Jobs:
+    """Owner of the worker threads; see the module's text. Thread-safe."""
+
+    def __init__(self, journal: Journal, spool: Spool, repositories: OpenRepositories) -> None:
+        self._journal = journal
+        self._spool = spool
+        self._repositories = repositories
+        self._lock = threading.Lock()
+        #: Notified when a job is finished or the workers are to stop.
+        self._changed = threading.Condition(self._lock)
+        self._workers: dict[str, _Worker] = {}
+        self._stopping = False
+        #: Held while a job is published and while `removal` removes one: whichever comes second sees
+        #: what the first did, so a removed snapshot cannot appear afterwards.
+        self.publishing = threading.Lock()
+
+    def start(self) -> None:
+        """Continue what the journal holds; call once."""
+        for repository in {job.repository for job in self._journal.captured()}:
+            self.wake(repository)
+
+    def wake(self, repository: str) -> None:
+        """Tell that the journal has a new job for a repository."""
+        with self._lock:
+            if self._stopping:
+                return
+            worker = self._workers.get(repository)
+            if worker is None:
+                worker = self._workers[repository] = _Worker(self, repository)
+                worker.thread.start()
+        worker.wake.set()
+
+    def stop(self) -> None:
+        """Let the workers stop after the chunk they are at; what is not stored stays in the journal."""
+        with self._lock:
+            self._stopping = True
+            workers = list(self._workers.values())
+            self._changed.notify_all()
+        for worker in workers:
+            worker.wake.set()
+        for worker in workers:
+            worker.thread.join()
+
+    def progress(self) -> Progress:
+        """What the workers do at the moment."""
+        with self._lock:
+            workers = list(self._workers.values())
+        active = [worker for worker in workers if worker.active is not None]
+        waiting = next((worker.waiting_because for worker in workers if worker.waiting_because), "")
+        if not active:
+            return Progress(waiting_because=waiting)
+        ids = frozenset(worker.active.id for worker in active if worker.active)
+        first = active[0]
+        job = first.active
+        elapsed = time.monotonic() - first.started
+        return Progress(
+            active_ids=ids,
+            active_id=job.id if job else "",
+            bytes_done=first.bytes_done,
+            bytes_total=job.size_bytes if job else 0,
+            bytes_per_second=first.bytes_done / elapsed if elapsed > 0 else 0.0,
+            waiting_because=waiting,
+        )
+
+    def wait(self, ids: Iterable[str], timeout_s: float) -> None:
+        """Return when no captured job is left, of these experiments and checkpoints or of all, or late."""
+        wanted = frozenset(ids)
+        deadline = time.monotonic() + timeout_s
+        while not self._stopping:
+            # Registered before the journal is asked, so that a job finished in between is not missed.
+            with self._changed:
+                if not self._is_pending(wanted):
+                    return
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+                self._changed.wait(left)
+
+    def _is_pending(self, wanted: frozenset[str]) -> bool:
+        captured = self._journal.captured()
+        return any(not wanted or job.id in wanted or job.experiment_id in wanted for job in captured)
+
+    def _finished(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+
+class _Stopped(Exception):
+    """The daemon stops: the job is left as it is."""
+
+
+class _Worker:
+    """The thread that stores the jobs of one repository."""
+
+    def __init__(self, jobs: Jobs, repository: str) -> None:
+        self._jobs = jobs
+        self._repository = repository
+        self.wake = threading.Event()
+        # Read by other threads for `status` only; each is replaced as a whole.
+        self.active: Job | None = None
+        self.bytes_done = 0
+        self.started = 0.0
+        self.waiting_because = ""
+        self.thread = threading.Thread(target=self._run, name="store", daemon=True)
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICENESS)
+        pause, unexpected = FIRST_PAUSE_S, 0
+        while not self._jobs.is_stopping:
+            job = self._jobs._journal.next_captured(self._repository)
+            if job is None:
+                self.wake.wait()
+                self.wake.clear()
+                continue
+            self.active, self.bytes_done, self.started = job, 0, time.monotonic()
+            try:
+                self._store(job)
+                pause, unexpected, self.waiting_because = FIRST_PAUSE_S, 0, ""
+                continue
+            except _Stopped:
+                return
+            except CaptureFailed as error:
+                self._fail(job, error.message)
+                continue
+            except ReplicateError as error:
+                self.waiting_because = str(error)
+                _log.warning("storing %s: %s; again in %.0f s", short(job.id), error, pause)
+            except Exception as error:
+                unexpected += 1
+                _log.exception("storing %s failed unexpectedly (try %d)", short(job.id), unexpected)
+                if unexpected >= UNEXPECTED_TRIES:
+                    unexpected = 0
+                    self._fail(job, f"internal error: {type(error).__name__}: {error}")
+                    continue
+            finally:
+                self.active = None
+            self._make_durable()
+            # Jitter: many machines that lost the same store must not come back in step.
+            self.wake.wait(pause * random.uniform(0.5, 1.5))
+            self.wake.clear()
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    def _store(self, job: Job) -> None:
+        jobs = self._jobs
+        repository = jobs._repositories.get(job.repository, create=True)
+        if job.kind == "edit":
+            with jobs.publishing:
+                _put_edit(repository, job)
+            self._finish(job)
+            return
+        snapshot = None
+        if job.has_files:
+            if not job.is_durable and job.boot_id != current_boot_id():
+                raise CaptureFailed("the machine restarted before the captured files were safe on disk")
+            snapshot = ingest(repository, SnapshotId(job.id), jobs._spool.path(job.id), self._on_progress)
+        with jobs.publishing:
+            current = jobs._journal.find(job.id)
+            if current is None or current.state != "captured":
+                jobs._spool.remove(job.id)
+                return
+            if snapshot is not None:
+                repository.put_snapshot(snapshot)
+            self._publish(repository, job)
+        self._finish(job)
+
+    def _publish(self, repository: Repository, job: Job) -> None:
+        if job.kind == "experiment":
+            repository.put_experiment(job.experiment())
+            return
+        record = job.checkpoint()
+        repository.put_checkpoint(record if record.error else dataclasses.replace(record, state="stored"))
+
+    def _finish(self, job: Job) -> None:
+        # A checkpoint whose files could not be captured is published too, for the sake of its metrics.
+        error = job.checkpoint().error if job.kind == "checkpoint" else ""
+        self._jobs._journal.finish(job.id, "failed" if error else "stored", time.time_ns(), error)
+        if job.has_files:
+            self._jobs._spool.remove(job.id)
+        self._jobs._finished()
+
+    def _fail(self, job: Job, reason: str) -> None:
+        """Give up a job: what was recorded is published without its files, and says so."""
+        _log.error("%s %s will not be stored: %s", job.kind, short(job.id), reason)
+        jobs = self._jobs
+        try:
+            repository = jobs._repositories.get(job.repository, create=True)
+            with jobs.publishing:
+                if job.kind == "experiment":
+                    repository.put_experiment(job.experiment())
+                elif job.kind == "checkpoint":
+                    repository.put_checkpoint(
+                        dataclasses.replace(job.checkpoint(), state="failed", error=reason)
+                    )
+        except RepositoryError as error:
+            _log.warning("the record of %s could not be written either: %s", short(job.id), error)
+        jobs._journal.finish(job.id, "failed", time.time_ns(), reason)
+        if job.has_files:
+            jobs._spool.remove(job.id)
+        jobs._finished()
+
+    def _make_durable(self) -> None:
+        """Fsync what waits: jobs that cannot be stored now may have to survive a power cut."""
+        for job in self._jobs._journal.captured(self._repository):
+            if job.has_files and not job.is_durable and job.boot_id == current_boot_id():
+                try:
+                    self._jobs._spool.sync(job.id)
+                except OSError as error:
+                    _log.warning("cannot fsync the spool of %s: %s", short(job.id), error)
+                    return
+                self._jobs._journal.set_durable(job.id)
+
+    def _on_progress(self, bytes_done: int) -> None:
+        self.bytes_done = bytes_done
+        if self._jobs.is_stopping:
+            raise _Stopped
+
+
+def _put_edit(repository: Repository, job: Job) -> None:
+    edit = decode_edit(job.record)
+    assert edit is not None, "the journal holds edits of this version only"
+    repository.put_edit(job.experiment_id, job.id, edit)
+    if isinstance(edit, EndEdit):
+        repository.delete_heartbeat(job.experiment_id)

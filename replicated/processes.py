@@ -1,0 +1,58 @@
+"""Facts about processes of this machine, read from /proc: identity, liveness, and the boot.
+
+A pid alone is reused, so a process is a pid, its start time and the boot it belongs to.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from replicate.records import ProcessIdentity
+
+
+@functools.cache
+def current_boot_id() -> str:
+    """The kernel's random id of this boot; empty where there is none."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None when it is gone (a zombie is gone)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name of the program, in parentheses, may hold spaces and parentheses itself.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def is_alive(process: ProcessIdentity) -> bool:
+    """Whether the very process still runs on this machine, in this boot."""
+    if process.boot_id != current_boot_id():
+        return False
+    return start_ticks(process.pid) == process.start_ticks
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """The identity of a running process of this machine, or None when it is gone."""
+    ticks = start_ticks(pid)
+    return None if ticks is None else ProcessIdentity(pid, ticks, current_boot_id())
+
+
+def open_pidfd(process: ProcessIdentity) -> int | None:
+    """A descriptor that becomes readable when the process ends; None when it has ended already."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except OSError:
+        return None
+    # Checked after opening: from here on the descriptor cannot mean a later process of that pid.
+    if not is_alive(process):
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,99 @@
+"""`replicate rm`: remove experiments and checkpoints, stored or not, so that they do not come back.
+
+Everything is resolved before anything is deleted. Tombstones in the journal come first: a job that is
+being stored at that moment sees its own and publishes nothing. Only records go, and with them what
+leads to the data; the data itself is left to the collector.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from replicate.errors import InvalidArgument
+from replicate.ids import CheckpointId, ExperimentId, short
+from replicated.experiments import Experiments
+from replicated.jobs import Jobs
+from replicated.journal import Journal
+from replicated.repositories import OpenRepositories
+from replicated.snapshot.spool import Spool
+
+
+@dataclass(frozen=True, slots=True)
+class Removable:
+    """One thing that a removal takes away."""
+
+    id: str
+    kind: Literal["experiment", "checkpoint"]
+    experiment_id: ExperimentId
+    checkpoint_count: int
+    step: int
+
+
+class Removal:
+    """Plans and does removals; called by `rpc`."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        spool: Spool,
+        jobs: Jobs,
+        experiments: Experiments,
+        repositories: OpenRepositories,
+    ) -> None:
+        self._journal = journal
+        self._spool = spool
+        self._jobs = jobs
+        self._experiments = experiments
+        self._repositories = repositories
+
+    def plan(self, repository: str, references: Sequence[str], *, force: bool) -> list[Removable]:
+        """What these references would take away; raises as `Experiments.resolve`.
+
+        A running experiment is refused with `InvalidArgument` unless `force` is set.
+        """
+        plan: dict[str, Removable] = {}
+        for reference in references:
+            resolution = self._experiments.resolve(repository, reference)
+            summary, checkpoint = resolution.summary, resolution.checkpoint
+            experiment_id = summary.record.id
+            whole = resolution.named_experiment and ":" not in reference
+            if whole and summary.status == "running" and not force:
+                raise InvalidArgument(
+                    f"experiment {short(experiment_id)} is running",
+                    hint="stop it first, or use -f/--force",
+                    fields={"id": experiment_id},
+                )
+            if whole or checkpoint is None:
+                plan[experiment_id] = Removable(
+                    experiment_id, "experiment", experiment_id, summary.checkpoint_count, 0
+                )
+            else:
+                plan[checkpoint.id] = Removable(
+                    checkpoint.id, "checkpoint", experiment_id, 0, checkpoint.step
+                )
+        return list(plan.values())
+
+    def remove(self, repository: str, plan: Sequence[Removable]) -> None:
+        """Take away what a plan lists; durable on return, and harmless to repeat."""
+        opened = self._repositories.get(repository)
+        for item in plan:
+            jobs = [
+                job.id
+                for job in self._journal.of_experiment(item.experiment_id)
+                if item.kind == "experiment" or job.id == item.id
+            ]
+            with self._jobs.publishing:
+                self._journal.remove(jobs, time.time_ns())
+                if item.kind == "experiment":
+                    self._journal.end_run(item.experiment_id)
+                    opened.delete_experiment(item.experiment_id)
+                else:
+                    opened.delete_checkpoint(item.experiment_id, CheckpointId(item.id))
+            progress = self._jobs.progress()
+            for job in jobs:
+                # The spool of a job that is being read is removed by its worker.
+                if job not in progress.active_ids:
+                    self._spool.remove(job)

@@ -1,0 +1,585 @@
+"""The daemon's end of the wire: decode a request, call the one who knows, encode the answer. No logic.
+
+The only module of this package that imports grpc. Every error of ours travels with its class, fields
+and hint; anything else is our bug, logged with its traceback and told as such.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from replicate import wire
+from replicate._pb import daemon_pb2 as pb
+from replicate._pb import daemon_pb2_grpc as pb_grpc
+from replicate._version import __version__
+from replicate.errors import InternalError, InvalidArgument, ReplicateError
+from replicate.ids import ExperimentId, is_id
+from replicate.records import FileChange, FileEntry, utc_now
+from replicated.browse import Browser, file_entry
+from replicated.checkout.planning import plan
+from replicated.checkout.writing import execute
+from replicated.experiments import Experiments, Resolution
+from replicated.intake import Accepted, Intake
+from replicated.jobs import Jobs
+from replicated.journal import Job, Journal
+from replicated.mount.registry import MountInfo
+from replicated.mount.table import MountTable
+from replicated.probe import probe_repository
+from replicated.removal import Removal
+from replicated.repositories import OpenRepositories
+from replicated.snapshot.capture import CaptureRequest
+from replicated.snapshot.spool import Spool
+from replicated.tree import diff_trees
+from replicated.usage import Usage, measure
+
+#: Requests being answered at once; more wait. Captures and checkouts hold one for as long as they take.
+MAX_THREADS = 64
+#: More than these are refused with RESOURCE_EXHAUSTED instead of being queued without end.
+MAX_CONCURRENT_REQUESTS = 1000
+#: A request that waits for storing is answered after this long at the latest, and asked again.
+MAX_WAIT_S = 5.0
+
+_BATCH = 500
+_PIECE_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that requests are passed on to."""
+
+    home_spool: Spool
+    journal: Journal
+    intake: Intake
+    jobs: Jobs
+    repositories: OpenRepositories
+    experiments: Experiments
+    browser: Browser
+    removal: Removal
+    mounts: MountTable
+    #: Asks the daemon to stop, at once and without waiting.
+    request_stop: Callable[[], None]
+
+
+class Activity:
+    """When the last request was answered, and whether one is being answered; for the idle exit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active = 0
+        self._last = time.monotonic()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._active += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._active -= 1
+            self._last = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Seconds since the last request; 0 during one."""
+        with self._lock:
+            return 0.0 if self._active else time.monotonic() - self._last
+
+
+class RpcServer:
+    """The gRPC server on a Unix socket."""
+
+    def __init__(self, services: Services) -> None:
+        self.activity = Activity()
+        self._server = grpc.server(
+            ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="rpc"),
+            maximum_concurrent_rpcs=MAX_CONCURRENT_REQUESTS,
+            options=[
+                ("grpc.max_receive_message_length", wire.MAX_REQUEST_BYTES),
+                ("grpc.max_send_message_length", wire.MAX_REPLY_BYTES),
+            ],
+        )
+        pb_grpc.add_DaemonServicer_to_server(_Servicer(services, self.activity), self._server)  # type: ignore[no-untyped-call]
+
+    def start(self, socket: str) -> None:
+        """Listen on a socket path that nobody else uses (the caller holds the lock of the home)."""
+        if not self._server.add_insecure_port(f"unix:{socket}"):
+            raise OSError(f"cannot listen on {socket}")
+        self._server.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new requests and wait for those being answered, at most this long."""
+        self._server.stop(grace_s).wait()
+
+
+def _unary(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def answer(self: _Servicer, request: Any, context: grpc.ServicerContext) -> Any:
+        with self.activity, _errors_told(context, method.__name__):
+            return method(self, request)
+
+    return answer
+
+
+def _stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def answer(self: _Servicer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        with self.activity, _errors_told(context, method.__name__):
+            yield from method(self, request)
+
+    return answer
+
+
+@contextlib.contextmanager
+def _errors_told(context: grpc.ServicerContext, method: str) -> Iterator[None]:
+    try:
+        yield
+    except ReplicateError as error:
+        _abort(context, error)
+    except Exception as error:
+        if not context.is_active():
+            raise  # the client has gone; nobody to tell
+        _log.exception("%s failed", method)
+        _abort(context, InternalError(f"internal error in the daemon: {type(error).__name__}: {error}"))
+
+
+def _abort(context: grpc.ServicerContext, error: ReplicateError) -> None:
+    context.set_trailing_metadata(((wire.ERROR_METADATA_KEY, wire.encode_error(error)),))
+    status = (
+        grpc.StatusCode.INTERNAL if isinstance(error, InternalError) else grpc.StatusCode.FAILED_PRECONDITION
+    )
+    if isinstance(error, InvalidArgument):
+        status = grpc.StatusCode.INVALID_ARGUMENT
+    context.abort(status, wire.encode_text(error.message))
+
+
+class _Servicer(pb_grpc.DaemonServicer):
+    """One method a call of protos/daemon.proto, in its order."""
+
+    def __init__(self, services: Services, activity: Activity) -> None:
+        self._services = services
+        self.activity = activity
+        self._started = utc_now()
+
+    @_unary
+    def Hello(self, request: pb.HelloRequest) -> pb.HelloReply:
+        return self._hello()
+
+    @_unary
+    def Shutdown(self, request: pb.ShutdownRequest) -> pb.ShutdownReply:
+        pending = len(self._services.journal.captured())
+        self._services.request_stop()
+        return pb.ShutdownReply(pending=pending)
+
+    # Writing
+
+    @_unary
+    def CreateExperiment(self, request: pb.CreateExperimentRequest) -> pb.CaptureReply:
+        record = wire.decode_experiment(request.experiment)
+        capture = _decode_capture(record.id, request.capture)
+        return _encode_accepted(
+            self._services.intake.create_experiment(_repository(request.repository), record, capture)
+        )
+
+    @_unary
+    def CreateCheckpoint(self, request: pb.CreateCheckpointRequest) -> pb.CaptureReply:
+        record = wire.decode_checkpoint(request.checkpoint)
+        capture = _decode_capture(record.id, request.capture)
+        return _encode_accepted(
+            self._services.intake.create_checkpoint(_repository(request.repository), record, capture)
+        )
+
+    @_unary
+    def EndExperiment(self, request: pb.EndExperimentRequest) -> pb.EndExperimentReply:
+        identifier = _experiment_id(request.experiment_id)
+        status = wire.decode_end_status(request.status)
+        ended = wire.decode_time(request.ended_ns)
+        self._services.intake.end_experiment(_repository(request.repository), identifier, status, ended)
+        jobs = [job for job in self._services.journal.of_experiment(identifier) if job.has_files]
+        pending = [job for job in jobs if job.state == "captured"]
+        return pb.EndExperimentReply(
+            pending=len(pending),
+            bytes_pending=sum(job.size_bytes for job in pending),
+            failed=sum(job.state == "failed" for job in jobs),
+        )
+
+    @_unary
+    def ResumeExperiment(self, request: pb.ResumeExperimentRequest) -> pb.ExperimentSummary:
+        repository, reference = _target(request.target)
+        resolution = self._services.experiments.resolve(repository, reference)
+        self._services.intake.resume_experiment(
+            repository,
+            resolution.summary.record.id,
+            wire.decode_process(request.process),
+            wire.decode_time(request.at_ns),
+        )
+        return wire.encode_summary(self._services.experiments.resolve(repository, reference).summary)
+
+    # Reading
+
+    @_stream
+    def ListExperiments(self, request: pb.ListExperimentsRequest) -> Iterator[pb.ExperimentSummary]:
+        summaries = self._services.experiments.list_experiments(
+            _repository(request.repository), request.filters, request.sort, request.limit
+        )
+        yield from map(wire.encode_summary, summaries)
+
+    @_unary
+    def Resolve(self, request: pb.Target) -> pb.Resolution:
+        return _encode_resolution(self._services.experiments.resolve(*_target(request)))
+
+    @_stream
+    def ListCheckpoints(self, request: pb.Target) -> Iterator[pb.Checkpoint]:
+        yield from map(wire.encode_checkpoint, self._services.experiments.checkpoints(*_target(request)))
+
+    @_stream
+    def ListFiles(self, request: pb.ListFilesRequest) -> Iterator[pb.FileBatch]:
+        tree = self._services.browser.open(*_target(request.target)).tree
+        node = tree.find(request.path)
+        found: Iterable[FileEntry]
+        if node.type == "directory":
+            found = (file_entry(path, below) for path, below in tree.walk(request.path))
+        else:
+            found = [file_entry(request.path, node)]
+        for batch in _batches(found):
+            yield pb.FileBatch(entries=map(wire.encode_file_entry, batch))
+
+    @_stream
+    def ReadFile(self, request: pb.ReadFileRequest) -> Iterator[pb.FileData]:
+        tree = self._services.browser.open(*_target(request.target)).tree
+        node = tree.find(request.path)
+        if node.type != "file":
+            raise InvalidArgument(f"not a file but a {node.type}: {os.fsdecode(request.path)}")
+        reader = tree.reader(node)
+        yield pb.FileData(entry=wire.encode_file_entry(file_entry(request.path, node)))
+        position = request.offset
+        end = min(node.size, position + request.length) if request.length else node.size
+        while position < end:
+            data = reader.pread(position, min(_PIECE_BYTES, end - position))
+            position += len(data)
+            yield pb.FileData(data=data)
+
+    @_stream
+    def DiffFiles(self, request: pb.DiffFilesRequest) -> Iterator[pb.FileChangeBatch]:
+        left = self._services.browser.open(*_target(request.left)).tree
+        right = self._services.browser.open(*_target(request.right)).tree
+        changes = (
+            FileChange(
+                os.fsdecode(path),
+                file_entry(path, before) if before else None,
+                file_entry(path, after) if after else None,
+            )
+            for path, before, after in diff_trees(left, right)
+        )
+        for batch in _batches(changes):
+            yield pb.FileChangeBatch(changes=map(wire.encode_file_change, batch))
+
+    def Checkout(
+        self, request: pb.CheckoutRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.CheckoutEvent]:
+        """Not decorated: it has to notice that the client has gone, and stop."""
+        with self.activity, _errors_told(context, "Checkout"):
+            yield from self._checkout(request, context.is_active)
+
+    def _checkout(
+        self, request: pb.CheckoutRequest, is_wanted: Callable[[], bool]
+    ) -> Iterator[pb.CheckoutEvent]:
+        opened = self._services.browser.open(*_target(request.target))
+        output = _directory(request.output_directory)
+        steps = plan(opened.tree, os.fsencode(output), path=request.path, delete=request.delete)
+        yield pb.CheckoutEvent(
+            resolution=_encode_resolution(opened.resolution),
+            files_total=steps.file_count,
+            bytes_total=steps.size_bytes,
+        )
+        if request.dry_run:
+            for batch in _batches(steps.actions):
+                actions = [pb.CheckoutAction(verb=action.verb, path=action.path) for action in batch]
+                yield pb.CheckoutEvent(actions=actions)
+            return
+        if not request.force:
+            steps.refuse_conflicts()
+        for files, size_bytes in _progress_of(lambda report: execute(steps, opened.tree, report), is_wanted):
+            yield pb.CheckoutEvent(files_done=files, bytes_done=size_bytes)
+
+    @_unary
+    def Mount(self, request: pb.MountRequest) -> pb.MountInfo:
+        repository, reference = _target(request.target)
+        directory = _directory(request.directory)
+        if not reference:
+            raise InvalidArgument(
+                "the whole repository cannot be mounted in this version",
+                hint="replicate mount ID DIR mounts an experiment or a checkpoint",
+            )
+        opened = self._services.browser.open(repository, reference)
+        checkpoint = opened.resolution.checkpoint
+        return _encode_mount(
+            self._services.mounts.mount(
+                repository,
+                opened.resolution.summary.record.id,
+                checkpoint.id if checkpoint else "",
+                opened.snapshot_ids,
+                directory,
+            )
+        )
+
+    @_unary
+    def ListMounts(self, request: pb.ListMountsRequest) -> pb.MountList:
+        return pb.MountList(mounts=map(_encode_mount, self._services.mounts.list()))
+
+    @_unary
+    def Unmount(self, request: pb.UnmountRequest) -> pb.MountList:
+        which = request.WhichOneof("which")
+        if which is None:
+            raise InvalidArgument("say which mount: a directory, an id or all")
+        ended = self._services.mounts.unmount(
+            directory=_directory(request.directory) if which == "directory" else None,
+            identifier=request.id,
+            everything=request.all,
+        )
+        return pb.MountList(mounts=map(_encode_mount, ended))
+
+    # The queue
+
+    @_unary
+    def GetStatus(self, request: pb.GetStatusRequest) -> pb.StatusReply:
+        return self._status()
+
+    @_unary
+    def WaitStored(self, request: pb.WaitStoredRequest) -> pb.StatusReply:
+        for identifier in request.ids:
+            if not is_id(identifier):
+                raise InvalidArgument(f"not a complete id: {identifier!r}")
+        self._services.jobs.wait(request.ids, min(max(request.timeout_s, 0.0), MAX_WAIT_S))
+        return self._status(frozenset(request.ids))
+
+    def _status(self, ids: frozenset[str] = frozenset()) -> pb.StatusReply:
+        """The state of the queue, of all jobs or of those that belong to some ids."""
+        services = self._services
+
+        def is_meant(job: Job) -> bool:
+            return not ids or job.id in ids or job.experiment_id in ids
+
+        captured = [job for job in services.journal.captured() if is_meant(job)]
+        failed = [job for job in services.journal.failed() if is_meant(job)]
+        progress = services.jobs.progress()
+        active = [job for job in captured if job.id in progress.active_ids]
+        done = progress.bytes_done if any(job.id == progress.active_id for job in active) else 0
+        return pb.StatusReply(
+            daemon=self._hello(),
+            pending=len(captured) - len(active),
+            active=len(active),
+            failed=len(failed),
+            bytes_pending=max(0, sum(job.size_bytes for job in captured) - done),
+            active_id=progress.active_id,
+            active_bytes_done=progress.bytes_done,
+            active_bytes_total=progress.bytes_total,
+            bytes_per_second=progress.bytes_per_second,
+            spool_bytes=services.home_spool.size_bytes(),
+            failures=map(_encode_failure, failed),
+            waiting_because=wire.encode_text(progress.waiting_because),
+            mounts=len(services.mounts.list()),
+        )
+
+    def _hello(self) -> pb.HelloReply:
+        return pb.HelloReply(
+            protocol=wire.PROTOCOL_VERSION,
+            version=__version__,
+            pid=os.getpid(),
+            started_ns=wire.encode_time(self._started),
+        )
+
+    # Keeping house
+
+    @_unary
+    def Remove(self, request: pb.RemoveRequest) -> pb.RemoveReply:
+        repository = _repository(request.repository)
+        removal = self._services.removal
+        plan = removal.plan(repository, request.ids, force=request.force or request.dry_run)
+        if not request.dry_run:
+            removal.remove(repository, plan)
+        return pb.RemoveReply(
+            items=[
+                pb.RemovedItem(
+                    id=item.id,
+                    kind=item.kind,
+                    checkpoint_count=item.checkpoint_count,
+                    step=item.step,
+                    experiment_id=item.experiment_id,
+                )
+                for item in plan
+            ]
+        )
+
+    @_unary
+    def GetDiskUsage(self, request: pb.DiskUsageRequest) -> pb.DiskUsageReply:
+        services = self._services
+        single, total = measure(
+            services.experiments, services.repositories, _repository(request.repository), request.ids
+        )
+        return pb.DiskUsageReply(experiments=map(_encode_usage, single), total=_encode_usage(total))
+
+    @_unary
+    def ProbeRepository(self, request: pb.ProbeRequest) -> pb.ProbeReply:
+        steps = probe_repository(self._services.repositories, _repository(request.repository))
+        return pb.ProbeReply(
+            steps=[
+                pb.ProbeStep(
+                    name=s.name, ok=s.ok, detail=wire.encode_text(s.detail), hint=wire.encode_text(s.hint)
+                )
+                for s in steps
+            ]
+        )
+
+
+class _Unwanted(Exception):
+    """The client has gone in the middle of a stream."""
+
+
+def _progress_of(
+    work: Callable[[Callable[[int, int], None]], None], is_wanted: Callable[[], bool]
+) -> Iterator[tuple[int, int]]:
+    """What `work` reports while it runs in a thread of its own; its exception, if it raises.
+
+    When the client has gone, the next report raises in the thread, so that the work ends early.
+    """
+    events: queue.SimpleQueue[tuple[int, int] | BaseException | None] = queue.SimpleQueue()
+
+    def report(files: int, size_bytes: int) -> None:
+        if not is_wanted():
+            raise _Unwanted
+        events.put((files, size_bytes))
+
+    def run() -> None:
+        try:
+            work(report)
+        except BaseException as error:
+            events.put(error)
+        else:
+            events.put(None)
+
+    threading.Thread(target=run, name="checkout", daemon=True).start()
+    while True:
+        event = events.get()
+        if event is None:
+            return
+        if isinstance(event, BaseException):
+            raise event
+        yield event
+
+
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, _BATCH)):
+        yield batch
+
+
+def _repository(url: str) -> str:
+    if not url.startswith(("file:///", "s3://", "gs://")):
+        raise InvalidArgument(f"not an absolute repository URL: {url!r}")
+    return url
+
+
+def _target(message: pb.Target) -> tuple[str, str]:
+    return _repository(message.repository), message.id
+
+
+def _experiment_id(text: str) -> ExperimentId:
+    if not is_id(text):
+        raise InvalidArgument(f"not a complete experiment id: {text!r}")
+    return ExperimentId(text)
+
+
+def _directory(path: bytes) -> Path:
+    if not path.startswith(b"/") or b"\0" in path:
+        raise InvalidArgument(f"not an absolute path: {os.fsdecode(path)!r}")
+    return Path(os.fsdecode(path))
+
+
+def _decode_capture(identifier: str, message: pb.Capture) -> CaptureRequest | None:
+    if not message.paths:
+        return None
+    _directory(message.project_directory)
+    for path in message.paths:
+        if path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/"):
+            raise InvalidArgument(f"not a path below the project directory: {os.fsdecode(path)!r}")
+    if message.mode not in ("", "auto", "copy"):
+        raise InvalidArgument(f"unknown capture mode: {message.mode!r}")
+    return CaptureRequest(
+        identifier=identifier,
+        project_directory=message.project_directory,
+        paths=tuple(message.paths),
+        ignore=tuple(os.fsdecode(pattern) for pattern in message.ignore),
+        durable=message.mode == "copy",
+    )
+
+
+def _encode_accepted(accepted: Accepted) -> pb.CaptureReply:
+    return pb.CaptureReply(
+        file_count=accepted.captured.file_count,
+        size_bytes=accepted.captured.size_bytes,
+        warnings=map(wire.encode_text, accepted.captured.warnings),
+        state=accepted.state,
+    )
+
+
+def _encode_resolution(resolution: Resolution) -> pb.Resolution:
+    message = pb.Resolution(
+        summary=wire.encode_summary(resolution.summary),
+        named_experiment=resolution.named_experiment,
+        chosen=resolution.chosen,
+    )
+    if resolution.checkpoint is not None:
+        message.checkpoint.CopyFrom(wire.encode_checkpoint(resolution.checkpoint))
+    return message
+
+
+def _encode_mount(info: MountInfo) -> pb.MountInfo:
+    return pb.MountInfo(
+        id=info.id,
+        directory=os.fsencode(info.directory),
+        pid=info.pid,
+        experiment_id=info.experiment_id,
+        repository=info.repository,
+    )
+
+
+def _encode_failure(job: Job) -> pb.Failure:
+    paths: tuple[str, ...] = ()
+    created: datetime = wire.decode_time(job.created_ns)
+    if job.kind == "experiment":
+        paths = job.experiment().paths
+    elif job.kind == "checkpoint":
+        paths = job.checkpoint().paths
+    return pb.Failure(
+        id=job.id,
+        experiment_id=job.experiment_id,
+        paths=map(wire.encode_path, paths),
+        error=wire.encode_text(job.error),
+        at_ns=wire.encode_time(created),
+    )
+
+
+def _encode_usage(usage: Usage) -> pb.DiskUsage:
+    return pb.DiskUsage(
+        id=usage.id,
+        logical_bytes=usage.logical_bytes,
+        unique_bytes=usage.unique_bytes,
+        stored_bytes=usage.stored_bytes,
+        snapshots=usage.snapshots,
+    )

@@ -280,6 +280,8 @@ def _compare(actual: object, comparison: Comparison) -> bool:
     if actual is None or wanted is None:
         return (actual is None and wanted is None) is (operator == "=") if operator in ("=", "!=") else False
     if isinstance(actual, str):
+        if operator not in ("=", "!=") and is_number(wanted):
+            return False
         return _ordered(actual, operator, comparison.text)
     if isinstance(actual, bool) or isinstance(wanted, bool):
         same_type = isinstance(actual, bool) and isinstance(wanted, bool)

@@ -181,10 +181,8 @@ class _Walk:
                 f"skipped {_count(self._special, 'socket, pipe or device', 'sockets, pipes or devices')}"
             )
         if self._secrets:
-            found.append(
-                f"skipped {_count(self._secrets, 'file', 'files')} that may hold secrets"
-                f" (write `!NAME` into {IGNORE_FILE} to save such a file)"
-            )
+            counted = _count(self._secrets, "file that may hold secrets", "files that may hold secrets")
+            found.append(f"skipped {counted} (write `!NAME` into {IGNORE_FILE} to save such a file)")
         if self._mounts:
             found.append(f"skipped {_count(self._mounts, 'mount of a snapshot', 'mounts of snapshots')}")
         return tuple(found)

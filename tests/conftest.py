@@ -4,6 +4,7 @@
 """
 
 import os
+import stat
 
 import blake3
 import hypothesis
@@ -80,3 +81,41 @@ class MemoryTree:
 @pytest.fixture(scope="session")
 def memory_tree():
     return MemoryTree
+
+
+def describe_tree(tree):
+    """path → (type, permission bits, mtime, bytes or target); links have no mode worth comparing."""
+    described = {}
+    for path, node in tree.walk():
+        if node.type == "file":
+            content = tree.reader(node).pread(0, node.size)
+        else:
+            content = node.target
+        mode = None if node.type == "symlink" else node.mode & 0o777
+        described[path] = (node.type, mode, node.mtime_ns, content)
+    return described
+
+
+def describe_directory(top):
+    described = {}
+    top = os.fsencode(top)
+    for directory, directories, files in os.walk(top):
+        for name in directories + files:
+            path = os.path.join(directory, name)
+            info = os.lstat(path)
+            mode = stat.S_IMODE(info.st_mode)
+            if stat.S_ISLNK(info.st_mode):
+                entry = ("symlink", None, info.st_mtime_ns, os.readlink(path))
+            elif stat.S_ISDIR(info.st_mode):
+                entry = ("directory", mode, info.st_mtime_ns, b"")
+            else:
+                with open(path, "rb") as file:
+                    entry = ("file", mode, info.st_mtime_ns, file.read())
+            described[os.path.relpath(path, top)] = entry
+    return described
+
+
+@pytest.fixture(scope="session")
+def described():
+    """What a tree, or a directory, holds, in a form that can be compared."""
+    return lambda thing: describe_tree(thing) if hasattr(thing, "walk") else describe_directory(thing)

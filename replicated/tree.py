@@ -1,19 +1,42 @@
 """A read-only view of the files of a snapshot, or of a checkpoint laid over its experiment.
 
 Used by mount, checkout and rpc. It loads what is asked for and keeps bounded caches. Invariant: bytes
-that leave here are the bytes that were saved, else an error is raised.
+that leave here are the bytes that were saved, else an error is raised; and work and memory are bounded
+by what is asked for, whatever somebody may have written into the repository.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
+from replicate.errors import NotFound, RepositoryDamaged
 from replicate.ids import SnapshotId
 from replicate.records import FileType
-from replicated.format.manifest import FileContent
+from replicated.format.manifest import (
+    DIRECTORY,
+    FILE,
+    MAX_DEPTH,
+    TYPE_NAMES,
+    ChunkList,
+    DirectoryNode,
+    Entry,
+    FileContent,
+)
 from replicated.repository import Repository
+
+#: Directories are remembered until they hold more entries than this together; the last one always is.
+CACHED_ENTRIES: Final = 1 << 17
+#: Nodes of a file's list of chunks that its reader remembers.
+CACHED_LISTS: Final = 64
+#: A reader fetches at most so many bytes of a file at once.
+MAX_FETCH_BYTES: Final = 8 << 20
 
 #: Of a file, where its bytes are; of a directory, the ids of its nodes, those of later snapshots last.
 Content: TypeAlias = FileContent | tuple[bytes, ...] | None
@@ -41,26 +64,113 @@ class Node:
 class FileReader:
     """Reads one file at any offset; may be used from several threads."""
 
+    def __init__(self, repository: Repository, content: FileContent) -> None:
+        self._repository = repository
+        self._size = content.size
+        self._lists = _ChunkLists(repository)
+        if content.node:
+            self._root = self._lists.load(content.node, content.size)
+        elif content.chunk_ids:
+            self._root = _Extents(ChunkList(0, content.chunk_ids, content.lengths))
+        else:
+            self._root = _Extents(ChunkList(0, content.hash, (content.size,)))
+
     def pread(self, offset: int, length: int) -> bytes:
         """The bytes from `offset`, fewer than `length` only at the end of the file.
 
         Raises `RepositoryDamaged` and `RepositoryUnreachable`.
         """
-        raise NotImplementedError
+        if offset < 0 or length < 0:
+            raise ValueError(f"a negative offset or length: {offset}, {length}")
+        end = min(offset + length, self._size)
+        if offset >= end:
+            return b""
+        pieces: list[bytes] = []
+        batch: list[_Extent] = []
+        batch_bytes = 0
+        for extent in self._iter_extents(self._root, 0, offset, end):
+            batch.append(extent)
+            batch_bytes += extent.length
+            if batch_bytes >= MAX_FETCH_BYTES:
+                pieces.extend(self._fetch(batch, offset, end))
+                batch, batch_bytes = [], 0
+        pieces.extend(self._fetch(batch, offset, end))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _fetch(self, extents: Sequence[_Extent], offset: int, end: int) -> Iterator[bytes]:
+        chunks = self._repository.read_chunks([extent.chunk_id for extent in extents])
+        for extent in extents:
+            chunk = chunks[extent.chunk_id]
+            if len(chunk) != extent.length:
+                raise RepositoryDamaged(
+                    f"chunk {extent.chunk_id.hex()} in {self._repository.url} has {len(chunk)} bytes where "
+                    f"a file says {extent.length}",
+                    fields={"chunk": extent.chunk_id.hex()},
+                )
+            start = max(0, offset - extent.start)
+            stop = min(extent.length, end - extent.start)
+            yield chunk if start == 0 and stop == extent.length else chunk[start:stop]
+
+    def _iter_extents(self, extents: _Extents, base: int, offset: int, end: int) -> Iterator[_Extent]:
+        """The chunks between `offset` and `end`, below a node whose first byte is at `base`."""
+        node = extents.node
+        first = bisect_right(extents.ends, offset - base)
+        for position in range(first, len(node.lengths)):
+            length = node.lengths[position]
+            start = base + extents.ends[position] - length
+            if start >= end:
+                return
+            if node.level == 0:
+                yield _Extent(node.id_at(position), start, length)
+            else:
+                below = self._lists.load(node.id_at(position), length, node.level - 1)
+                yield from self._iter_extents(below, start, max(offset, start), end)
 
 
 class Tree:
-    """The files of one snapshot, or of several laid over each other. May be used from several threads."""
+    """The files of one snapshot, or of several laid over each other. May be used from several threads.
 
-    root: Node
+    `entry_limit` is how many entries the snapshots say to have together.
+    """
+
+    def __init__(self, repository: Repository, root: Node, entry_limit: int) -> None:
+        self.root = root
+        self._repository = repository
+        self._entry_limit = entry_limit
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[tuple[bytes, ...], Mapping[bytes, Node]] = OrderedDict()
+        self._recent_entries = 0
 
     def children(self, node: Node) -> Mapping[bytes, Node]:
         """What a directory holds, by name, sorted; raises `NotADirectoryError` for another node."""
-        raise NotImplementedError
+        layers = _layers(node)
+        with self._lock:
+            known = self._recent.get(layers)
+            if known is not None:
+                self._recent.move_to_end(layers)
+                return known
+        merged: dict[bytes, Node] = {}
+        for layer in layers:
+            for entry in self._load_entries(layer):
+                merged[entry.name] = _overlay(merged.get(entry.name), _node(entry))
+        if len(layers) > 1:
+            merged = dict(sorted(merged.items()))
+        children = MappingProxyType(merged)
+        self._remember(layers, children)
+        return children
 
     def find(self, path: bytes) -> Node:
         """The node at a path (b"" is the root), no links followed; raises `NotFound`."""
-        raise NotImplementedError
+        node = self.root
+        for name in path.split(b"/") if path else ():
+            found = self._find_child(node, name) if node.type == "directory" else None
+            if found is None:
+                raise NotFound(
+                    f"no such file in the snapshot: {path.decode('utf-8', 'backslashreplace')}",
+                    hint="`replicate files ID` lists what it holds",
+                )
+            node = found
+        return node
 
     def walk(self, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
         """(path, node) of everything below `path`, depth-first, parents first, siblings by name.
@@ -68,11 +178,103 @@ class Tree:
         Paths are relative to the root of the tree; the node at `path` itself is not given. Raises
         `NotFound`.
         """
-        raise NotImplementedError
+        top = self.find(path)
+        if top.type != "directory":
+            return
+        count = 0
+        stack = [(path, iter(self.children(top).values()))]
+        while stack:
+            parent, siblings = stack[-1]
+            node = next(siblings, None)
+            if node is None:
+                stack.pop()
+                continue
+            count += 1
+            # The same small node below itself many times over would go on for ever.
+            if count > self._entry_limit or len(stack) > MAX_DEPTH:
+                raise RepositoryDamaged(
+                    f"a tree in {self._repository.url} has more entries or levels than its snapshot says"
+                )
+            node_path = parent + b"/" + node.name if parent else node.name
+            yield node_path, node
+            if node.type == "directory":
+                stack.append((node_path, iter(self.children(node).values())))
 
     def reader(self, node: Node) -> FileReader:
         """A reader of a regular file; raises `IsADirectoryError` or `ValueError` for another node."""
-        raise NotImplementedError
+        if node.type == "directory":
+            raise IsADirectoryError(node.name)
+        if not isinstance(node.content, FileContent):
+            raise ValueError(f"not a regular file: {node.name!r}")
+        return FileReader(self._repository, node.content)
+
+    def _find_child(self, directory: Node, name: bytes) -> Node | None:
+        """One entry of a directory, without loading the rest of a long one."""
+        layers = _layers(directory)
+        with self._lock:
+            known = self._recent.get(layers)
+        if known is not None:
+            return known.get(name)
+        if all(self._repository.read_directory(layer).level == 0 for layer in layers):
+            return self.children(directory).get(name)
+        found: Node | None = None
+        for layer in layers:
+            entry = self._find_entry(layer, name)
+            if entry is not None:
+                found = _overlay(found, _node(entry))
+        return found
+
+    def _find_entry(self, node_id: bytes, name: bytes) -> Entry | None:
+        node = self._repository.read_directory(node_id)
+        while node.level > 0:
+            position = bisect_left([child.last_name for child in node.children], name)
+            if position == len(node.children):
+                return None
+            (node,) = self._load_below(node, position, position + 1)
+        position = bisect_left([entry.name for entry in node.entries], name)
+        if position < len(node.entries) and node.entries[position].name == name:
+            return node.entries[position]
+        return None
+
+    def _load_entries(self, node_id: bytes) -> Iterator[Entry]:
+        """The entries of one directory of one snapshot, in order."""
+        pending = [self._repository.read_directory(node_id)]
+        while pending:
+            node = pending.pop()
+            if node.level == 0:
+                yield from node.entries
+            else:
+                pending.extend(reversed(self._load_below(node, 0, len(node.children))))
+
+    def _load_below(self, node: DirectoryNode, start: int, stop: int) -> list[DirectoryNode]:
+        """Some of the nodes below one, each checked to be what the one above says."""
+        children = node.children[start:stop]
+        loaded = self._repository.read_directories([child.node for child in children])
+        for position, (child, below) in enumerate(zip(children, loaded, strict=True), start):
+            names = [e.name for e in below.entries] or [c.last_name for c in below.children]
+            count = len(below.entries) + sum(c.entry_count for c in below.children)
+            lower = node.children[position - 1].last_name if position else b""
+            if (
+                below.level != node.level - 1
+                or not names
+                or names[0] <= lower
+                or names[-1] != child.last_name
+                or count != child.entry_count
+            ):
+                raise RepositoryDamaged(
+                    f"tree node {child.node.hex()} in {self._repository.url} is not what the node above says",
+                    fields={"chunk": child.node.hex()},
+                )
+        return loaded
+
+    def _remember(self, layers: tuple[bytes, ...], children: Mapping[bytes, Node]) -> None:
+        with self._lock:
+            if layers not in self._recent:
+                self._recent[layers] = children
+                self._recent_entries += len(children)
+            while self._recent_entries > CACHED_ENTRIES and len(self._recent) > 1:
+                _, oldest = self._recent.popitem(last=False)
+                self._recent_entries -= len(oldest)
 
 
 def open_tree(repository: Repository, *snapshot_ids: SnapshotId) -> Tree:
@@ -80,7 +282,21 @@ def open_tree(repository: Repository, *snapshot_ids: SnapshotId) -> Tree:
 
     Directories merge; otherwise the later one wins. Raises `NotStored`.
     """
-    raise NotImplementedError
+    if not snapshot_ids:
+        raise ValueError("a tree needs a snapshot")
+    roots = [repository.load_snapshot(snapshot_id).root for snapshot_id in snapshot_ids]
+    last = roots[-1]
+    root = Node(
+        name=b"",
+        type="directory",
+        mode=last.mode,
+        mtime_ns=last.mtime_ns,
+        size=0,
+        hash=b"",
+        target=b"",
+        content=_without_shadowed([root.node for root in roots]),
+    )
+    return Tree(repository, root, sum(root.files + root.directories + root.symlinks for root in roots))
 
 
 def diff_trees(left: Tree, right: Tree) -> Iterator[tuple[bytes, Node | None, Node | None]]:
@@ -88,4 +304,119 @@ def diff_trees(left: Tree, right: Tree) -> Iterator[tuple[bytes, Node | None, No
 
     A node is None where there is nothing; equal subtrees are not looked into.
     """
-    raise NotImplementedError
+    stack = [_pair_children(left, left.root, right, right.root, b"")]
+    while stack:
+        pair = next(stack[-1], None)
+        if pair is None:
+            stack.pop()
+            continue
+        path, before, after = pair
+        if before is None or after is None or not _is_same(before, after):
+            yield path, before, after
+        before_directory = before if before is not None and before.type == "directory" else None
+        after_directory = after if after is not None and after.type == "directory" else None
+        if before_directory or after_directory:
+            stack.append(_pair_children(left, before_directory, right, after_directory, path))
+
+
+def _pair_children(
+    left: Tree, before: Node | None, right: Tree, after: Node | None, path: bytes
+) -> Iterator[tuple[bytes, Node | None, Node | None]]:
+    """The entries of two directories side by side; none when the directories hold the same."""
+    if before is not None and after is not None and before.content == after.content:
+        return
+    left_children = left.children(before) if before is not None else {}
+    right_children = right.children(after) if after is not None else {}
+    for name in sorted(left_children.keys() | right_children.keys()):
+        yield (
+            path + b"/" + name if path else name,
+            left_children.get(name),
+            right_children.get(name),
+        )
+
+
+def _is_same(before: Node, after: Node) -> bool:
+    """Whether two nodes are alike but for their times, and for what a directory holds."""
+    return (before.type, before.mode, before.size, before.hash) == (
+        after.type,
+        after.mode,
+        after.size,
+        after.hash,
+    )
+
+
+def _node(entry: Entry) -> Node:
+    content: Content = None
+    digest, target = entry.hash, b""
+    if entry.type == FILE:
+        content = FileContent.from_entry(entry.size, entry.hash, entry.content)
+    elif entry.type == DIRECTORY:
+        content, digest = (entry.hash,), b""
+    else:
+        (target,) = entry.content
+    return Node(
+        entry.name, TYPE_NAMES[entry.type], entry.mode, entry.mtime_ns, entry.size, digest, target, content
+    )
+
+
+def _overlay(earlier: Node | None, later: Node) -> Node:
+    """What is seen where two snapshots have a node of the same name."""
+    if earlier is None or earlier.type != "directory" or later.type != "directory":
+        return later
+    layers = _without_shadowed((*_layers(earlier), *_layers(later)))
+    return Node(later.name, "directory", later.mode, later.mtime_ns, 0, b"", b"", layers)
+
+
+def _without_shadowed(layers: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The layers, of equal ones only the last: it covers all that the others hold."""
+    return tuple(reversed(dict.fromkeys(reversed(layers))))
+
+
+def _layers(node: Node) -> tuple[bytes, ...]:
+    if not isinstance(node.content, tuple):
+        raise NotADirectoryError(node.name)
+    return node.content
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """One chunk and where it lies in its file."""
+
+    chunk_id: bytes
+    start: int
+    length: int
+
+
+class _Extents:
+    """A node of a list of chunks with the ends of its parts, relative to its own beginning."""
+
+    def __init__(self, node: ChunkList) -> None:
+        self.node = node
+        self.ends = list(accumulate(node.lengths))
+
+
+class _ChunkLists:
+    """Loads the nodes of one file's list of chunks and remembers the last ones."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[bytes, _Extents] = OrderedDict()
+
+    def load(self, node_id: bytes, size: int, level: int | None = None) -> _Extents:
+        """A node that stands for `size` bytes; raises `RepositoryDamaged` when it does not."""
+        with self._lock:
+            extents = self._recent.get(node_id)
+        if extents is None:
+            extents = _Extents(self._repository.read_chunk_list(node_id))
+        if extents.ends[-1] != size or (level is not None and extents.node.level != level):
+            raise RepositoryDamaged(
+                f"chunk list {node_id.hex()} in {self._repository.url} does not fit the file it belongs to",
+                fields={"chunk": node_id.hex()},
+            )
+        with self._lock:
+            self._recent[node_id] = extents
+            self._recent.move_to_end(node_id)
+            while len(self._recent) > CACHED_LISTS:
+                self._recent.popitem(last=False)
+        return extents

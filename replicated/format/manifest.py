@@ -99,6 +99,10 @@ class FileContent:
             raise Malformed("a file's chunks do not add up to its size")
         return cls(size, digest, chunk_ids, lengths)
 
+    def ids(self) -> list[bytes]:
+        """The chunks, for contents without a `node`."""
+        return split_ids(self.chunk_ids) if self.chunk_ids else [self.hash] if self.size else []
+
     def packed(self) -> tuple[Any, ...]:
         """The `content` member of a directory's entry."""
         if self.node:
@@ -188,6 +192,10 @@ class ChunkList:
         """The id of the chunk or node at a position."""
         return self.ids[position * HASH_BYTES : (position + 1) * HASH_BYTES]
 
+    def split_ids(self) -> list[bytes]:
+        """The ids of all chunks or nodes."""
+        return split_ids(self.ids)
+
 
 # Parsing
 
@@ -230,6 +238,11 @@ def _parse_node(data: bytes, kind: int, member_count: int) -> tuple[int, Sequenc
     if type(level) is not int or not 0 <= level <= MAX_LEVEL:
         raise Malformed("a node of an impossible level")
     return level, members
+
+
+def split_ids(ids: bytes) -> list[bytes]:
+    """Ids that stand one after the other."""
+    return [ids[start : start + HASH_BYTES] for start in range(0, len(ids), HASH_BYTES)]
 
 
 def check_name(name: object) -> None:

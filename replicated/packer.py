@@ -1,0 +1,189 @@
+"""Puts chunks that the repository lacks into packs, and packs into the store and the index.
+
+Used by one `SnapshotWriter`. Chunks come from any thread; packs are uploaded by one thread of its own,
+in order, at most a few waiting: whoever adds more waits too. Index objects are written after the packs
+that they list, at the end and after every so much new data, so that an interrupted snapshot goes on
+where it was. Owner of the claims: the set of chunks that are on their way.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from replicated.chunk.codec import HASH_BYTES, encode
+from replicated.format.listing import build_index
+from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing
+from replicated.index import INDEX_PREFIX, Index
+from replicated.store.base import Store
+
+PACK_PREFIX: Final = "packs/"
+
+#: An index object is written once the packs since the last one have so many bytes or chunks.
+INDEX_AFTER_BYTES: Final = 256 << 20
+INDEX_AFTER_CHUNKS: Final = 1 << 17
+#: Full packs that wait or are being uploaded; each is 32 MiB of memory.
+MAX_WAITING_PACKS: Final = 2
+
+
+@dataclass(slots=True)
+class WriteStats:
+    """What one writer did so far."""
+
+    #: Content that was looked at.
+    bytes_done: int = 0
+    #: Chunks and tree nodes that the repository did not have, before and after compression.
+    new_chunks: int = 0
+    new_plain_bytes: int = 0
+    new_stored_bytes: int = 0
+
+
+class Packer:
+    """See the module's text. After an error every further call raises it again."""
+
+    def __init__(
+        self,
+        store: Store,
+        index: Index,
+        stats: WriteStats,
+        random_name: Callable[[], bytes] = lambda: secrets.token_bytes(HASH_BYTES),
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._stats = stats
+        self._random_name = random_name
+        # Leaves: nothing else is locked, and no I/O done, while one of these is held.
+        self._claims_lock = threading.Lock()
+        self._claimed: set[bytes] = set()
+        self._builders_lock = threading.Lock()
+        self._builders: dict[int, PackBuilder] = {}
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING_PACKS)
+        # Belongs to the uploader's thread: packs in the store that no index object lists yet.
+        self._unlisted: list[PackListing] = []
+        self._failure: BaseException | None = None
+
+    def add(self, chunks: Sequence[tuple[bytes, bytes | memoryview]], kind: int = DATA_PACK) -> None:
+        """Store those of the chunks, given with their ids, that are new; borrowed for the call."""
+        self._raise_failure()
+        new = self._claim([chunk_id for chunk_id, _ in chunks])
+        try:
+            for chunk_id, plain in chunks:
+                if chunk_id in new:
+                    new.remove(chunk_id)
+                    codec, stored = encode(plain)
+                    self._append(kind, chunk_id, codec, stored, len(plain))
+        except BaseException as error:
+            # Others rely on what this call has claimed.
+            self._fail(error)
+            raise
+
+    def finish(self) -> None:
+        """Upload everything, list it in an index object, and end; raises what failed meanwhile."""
+        with self._builders_lock:
+            builders = [self._builders.pop(kind) for kind in (DATA_PACK, TREE_PACK) if kind in self._builders]
+        for builder in builders:
+            self._submit(builder)
+        self._uploader.submit(self._attempt, self._write_index).result()
+        self._uploader.shutdown()
+        self._raise_failure()
+
+    def abandon(self) -> None:
+        """End without writing what is not written yet; may be called at any time, also twice."""
+        self._fail(RuntimeError("the writer was abandoned"))
+        self._uploader.shutdown()
+
+    def _claim(self, chunk_ids: Iterable[bytes]) -> set[bytes]:
+        """Those of the chunks that nobody has stored or is storing; the caller has to store them."""
+        with self._claims_lock:
+            fresh = set(chunk_ids).difference(self._claimed)
+            self._claimed |= fresh
+        if not fresh:
+            return fresh
+        # After claiming: a chunk leaves the claims only once it is in the index.
+        missing = self._index.find_missing(fresh)
+        with self._claims_lock:
+            self._claimed -= fresh - missing
+        return missing
+
+    def _append(
+        self,
+        kind: int,
+        chunk_id: bytes,
+        codec: int,
+        stored: bytes | bytearray | memoryview,
+        plain_length: int,
+    ) -> None:
+        full = None
+        with self._builders_lock:
+            builder = self._builders.get(kind)
+            if builder is None:
+                builder = self._builders[kind] = PackBuilder(kind)
+            builder.add(chunk_id, codec, stored, plain_length)
+            self._stats.new_chunks += 1
+            self._stats.new_plain_bytes += plain_length
+            self._stats.new_stored_bytes += len(stored)
+            if builder.is_full:
+                full = self._builders.pop(kind)
+        if full is not None:
+            self._submit(full)
+
+    def _submit(self, builder: PackBuilder) -> None:
+        self._waiting.acquire()
+        self._uploader.submit(self._upload_and_release, builder)
+
+    def _upload_and_release(self, builder: PackBuilder) -> None:
+        try:
+            self._attempt(lambda: self._upload(builder))
+        finally:
+            self._waiting.release()
+
+    def _upload(self, builder: PackBuilder) -> None:
+        name = self._random_name()
+        parts = builder.seal()
+        self._store.put(pack_key(name), parts)
+        size = sum(map(len, parts))
+        self._unlisted.append(PackListing(name, builder.kind, size, tuple(builder.records)))
+        if (
+            sum(listing.size for listing in self._unlisted) >= INDEX_AFTER_BYTES
+            or sum(len(listing.records) for listing in self._unlisted) >= INDEX_AFTER_CHUNKS
+        ):
+            self._write_index()
+
+    def _write_index(self) -> None:
+        if not self._unlisted:
+            return
+        name = self._random_name().hex()
+        self._store.put(INDEX_PREFIX + name, [build_index(self._unlisted)])
+        self._index.add(name, self._unlisted)
+        with self._claims_lock:
+            self._claimed.difference_update(
+                record.chunk_id for listing in self._unlisted for record in listing.records
+            )
+        self._unlisted = []
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Do something in the uploader's thread, unless something has failed before."""
+        if self._failure is None:
+            try:
+                action()
+            except BaseException as error:
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def pack_key(name: bytes) -> str:
+    """The key of a pack."""
+    text = name.hex()
+    return f"{PACK_PREFIX}{text[:2]}/{text}"

@@ -1,0 +1,143 @@
+"""`ls` and `ps`: the experiments of a repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from replicate.cli.arguments import json_option
+from replicate.cli.grammar import Command
+from replicate.cli.json_output import summary_json
+from replicate.cli.render.experiments import render_csv, render_experiments
+from replicate.cli.session import Session
+from replicate.errors import RepositoryMissing
+from replicate.records import ExperimentSummary
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _list_options(command: _F) -> _F:
+    options = (
+        click.option(
+            "-f",
+            "--filter",
+            "filters",
+            metavar="EXPR",
+            multiple=True,
+            help="Only experiments for which EXPR is true, such as `lr >= 0.01`. Repeatable: all must be.",
+        ),
+        click.option(
+            "-s",
+            "--sort",
+            metavar="KEY[-desc]",
+            default="",
+            help="Order by a param, metric or built-in name; `-desc` for the largest first.",
+        ),
+        click.option(
+            "-n",
+            "--limit",
+            metavar="N",
+            type=click.IntRange(min=1),
+            help="At most N experiments: the newest, or with --sort the first.",
+        ),
+        click.option(
+            "--all", "everything", is_flag=True, help="All params and metrics, not only the telling ones."
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="Print only the complete ids, one a line."),
+        json_option,
+        click.option("--csv", "as_csv", is_flag=True, help="Print CSV with exact values."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(cls=Command)
+@_list_options
+@click.pass_obj
+def ls(session: Session, /, filters: tuple[str, ...], **options: Any) -> None:
+    """List experiments.
+
+    Only the params that differ between them are shown, and the metrics by which checkpoints are ranked;
+    --all shows all of them.
+
+    \b
+    Examples:
+      replicate ls
+      replicate ls -f 'status = running or created > 2026-11-01'
+      replicate ls -f 'optimizer = adam' -f 'lr >= 0.01' --sort val/loss
+      replicate ls -q -f 'step < 10' | xargs -r replicate rm -f
+
+    A filter is NAME OPERATOR VALUE with one of = != < <= > >= ~ (regular expression), where NAME is a param,
+    a metric of the best checkpoint, or created, step, status, user, host, command, name or tag. `and`, `or`,
+    `not` and parentheses combine them.
+    """
+    _list(session, filters, none_found="no experiments", **options)
+
+
+@click.command(cls=Command)
+@_list_options
+@click.pass_obj
+def ps(session: Session, /, filters: tuple[str, ...], **options: Any) -> None:
+    """List running experiments.
+
+    The same as `replicate ls --filter 'status = running'`, with the same options.
+
+    \b
+    Examples:
+      replicate ps
+      replicate ps -f 'host = gpu1' --json
+    """
+    _list(session, ("status = running", *filters), none_found="no running experiments", **options)
+
+
+def _list(
+    session: Session,
+    filters: Sequence[str],
+    *,
+    none_found: str,
+    sort: str,
+    limit: int | None,
+    everything: bool,
+    quiet: bool,
+    as_json: bool,
+    as_csv: bool,
+) -> None:
+    for name, given in (("--json", as_json), ("--csv", as_csv), ("--all", everything)):
+        if quiet and given:
+            raise click.UsageError(f"-q/--quiet prints only ids and cannot go with {name}")
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv cannot go together")
+    console = session.console
+    summaries = _query(session, filters, sort, limit)
+    if as_json:
+        console.write_json([summary_json(summary) for summary in summaries])
+    elif quiet:
+        console.write("".join(f"{summary.record.id}\n" for summary in summaries))
+    elif as_csv:
+        console.write(render_csv(summaries))
+    elif summaries:
+        console.write(render_experiments(summaries, console.view, everything=everything))
+    else:
+        console.note(f"There are {none_found} in {session.project.repository}")
+
+
+def _query(session: Session, filters: Sequence[str], sort: str, limit: int | None) -> list[ExperimentSummary]:
+    from replicate import query
+
+    project = session.project
+    # A list runs from old to new; of a long one people want the new end.
+    newest = limit is not None and not sort
+    try:
+        found = list(
+            query.list_experiments(
+                project.repository, filters, "created-desc" if newest else sort, limit or 0
+            )
+        )
+    except RepositoryMissing:
+        if project.repository_origin == "default":
+            return []  # nothing was recorded here yet
+        raise
+    return found[::-1] if newest else found

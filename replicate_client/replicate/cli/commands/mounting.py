@@ -1,0 +1,187 @@
+"""`mount`, `mounts`, `umount`: snapshots as directories."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from replicate.cli.arguments import json_option
+from replicate.cli.grammar import Command
+from replicate.cli.json_output import Json, path_json
+from replicate.cli.render.mounts import render_mounts
+from replicate.cli.session import Session
+from replicate.cli.text import escape
+from replicate.errors import NotFound, ReplicateError
+from replicate.ids import parse_reference, short
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from replicate.query import MountInfo
+
+
+@click.command(cls=Command)
+@click.argument("where", metavar="[ID] DIR", nargs=-1, required=True, type=click.Path())
+@click.option("--foreground", is_flag=True, help="Stay, and unmount on Ctrl-C or SIGTERM.")
+@json_option
+@click.pass_obj
+def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: bool) -> None:
+    """Mount a snapshot, or the whole repository, read-only.
+
+    Files are fetched when they are read, so a mount of any size is there at once. Returns when the mount
+    can be used. Without an ID, the whole repository is mounted: experiments/, by-name/, by-tag/, latest.
+
+    \b
+    Examples:
+      mkdir /tmp/best && replicate mount 3f9c2a1:best /tmp/best
+      replicate mount /mnt/runs && ls /mnt/runs/experiments
+      replicate mount latest /mnt --foreground
+    """
+    if len(where) > 2:
+        raise click.UsageError("expected [ID] DIR: an id and a directory, or only a directory")
+    directory = where[-1]
+    reference = where[0] if len(where) == 2 else ""
+    if reference:
+        parse_reference(reference)
+    from replicate import query
+
+    console = session.console
+    with _interrupted_by_sigterm():
+        mounted = query.mount(session.project.repository, reference, directory)
+        if as_json:
+            console.write_json(_mount_json(mounted))
+            console.flush()
+        else:
+            shown = escape(mounted.directory)
+            console.note(f"Mounted {_describe(mounted)} on {shown} (end with `replicate umount {shown}`)")
+        if foreground:
+            _wait_for_end(session, mounted)
+
+
+@click.command(cls=Command)
+@json_option
+@click.pass_obj
+def mounts(session: Session, as_json: bool) -> None:
+    """List what is mounted.
+
+    \b
+    Examples:
+      replicate mounts
+      replicate mounts --json | jq -r '.[].directory'
+    """
+    from replicate import query
+
+    console = session.console
+    found = query.list_mounts()
+    if as_json:
+        console.write_json([_mount_json(mounted) for mounted in found])
+    elif found:
+        console.write(render_mounts(found, console.view))
+    else:
+        console.note("Nothing is mounted")
+
+
+@click.command(cls=Command)
+@click.argument("target", metavar="[DIR|ID]", required=False, type=click.Path())
+@click.option("--all", "everything", is_flag=True, help="Unmount everything.")
+@click.pass_obj
+def umount(session: Session, target: str | None, everything: bool) -> None:
+    """Unmount a directory, a snapshot, or everything.
+
+    \b
+    Examples:
+      replicate umount /tmp/best
+      replicate umount 3f9c2a1
+      replicate umount --all
+    """
+    if everything == (target is not None):
+        raise click.UsageError("give a directory, an id, or --all")
+    from replicate import query
+
+    if target is None:
+        gone = query.unmount(all=True)
+    elif _is_id_of(target, query.list_mounts()):
+        gone = query.unmount(id=target)
+    else:
+        gone = query.unmount(directory=target)
+    for mounted in gone:
+        session.console.note(f"Unmounted {escape(mounted.directory)}")
+    if not gone:
+        session.console.note("Nothing was mounted")
+
+
+def _is_id_of(target: str, mounted: list[MountInfo]) -> bool:
+    """Whether the user means an id and not a directory, which goes first where both are possible."""
+    directory = os.path.abspath(target)
+    if "/" in target or any(os.path.abspath(found.directory) == directory for found in mounted):
+        return False
+    try:
+        parse_reference(target)
+    except ReplicateError:
+        return False
+    return True
+
+
+def _wait_for_end(session: Session, mounted: MountInfo) -> None:
+    """Wait until the user ends the mount here, or somebody unmounts it elsewhere."""
+    from replicate import query
+
+    try:
+        _wait_for_exit(mounted.pid)
+        session.console.note(f"{escape(mounted.directory)} was unmounted")
+    except KeyboardInterrupt:
+        try:
+            query.unmount(directory=mounted.directory)
+        except NotFound:
+            pass  # unmounted elsewhere at the same moment
+        session.console.note(f"Unmounted {escape(mounted.directory)}")
+
+
+def _wait_for_exit(pid: int) -> None:
+    """Return when the process is gone; it is no child of ours."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([descriptor], [], [])
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM end the block as Ctrl-C does, so that a mount is not left behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _describe(mounted: MountInfo) -> str:
+    if not mounted.id:
+        return "the repository"
+    if mounted.id == mounted.experiment_id:
+        return f"experiment {short(mounted.id)}"
+    return f"checkpoint {short(mounted.id)}"
+
+
+def _mount_json(mounted: MountInfo) -> dict[str, Json]:
+    return {
+        "id": mounted.id or None,
+        **path_json("directory", mounted.directory),
+        "pid": mounted.pid,
+        "experiment_id": mounted.experiment_id or None,
+        "repository": mounted.repository,
+    }

@@ -1,0 +1,144 @@
+"""`status`, `flush`, `du`: what is still to be stored, and what storage holds."""
+
+from __future__ import annotations
+
+import click
+from click.exceptions import Exit
+
+from replicate.cli.arguments import id_argument, ids_argument, json_option
+from replicate.cli.grammar import Command
+from replicate.cli.render.storing import (
+    describe_queue,
+    disk_usage_json,
+    render_disk_usage,
+    render_failures,
+    render_status,
+    status_json,
+)
+from replicate.cli.session import Session
+from replicate.cli.text import format_size, plural
+from replicate.errors import ReplicateError, RepositoryMissing
+from replicate.ids import parse_reference
+
+
+@click.command(cls=Command)
+@json_option
+@click.pass_obj
+def status(session: Session, as_json: bool) -> None:
+    """Show the daemon, its queue and what failed.
+
+    Exits with 1 if anything failed to be stored.
+
+    \b
+    Examples:
+      replicate status
+      replicate status --json | jq .queue.pending
+    """
+    from replicate import query
+
+    console = session.console
+    now = query.status()
+    if as_json:
+        console.write_json(status_json(now))
+    else:
+        console.write(render_status(now, console.view))
+    if now.failures or now.failed:
+        raise Exit(1)
+
+
+@click.command(cls=Command)
+@id_argument(required=False)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    metavar="S",
+    type=click.FloatRange(min=0),
+    help="Give up after S seconds (default: wait as long as it takes).",
+)
+@json_option
+@click.pass_obj
+def flush(session: Session, reference: str | None, timeout_s: float | None, as_json: bool) -> None:
+    """Wait until everything captured is stored.
+
+    With an ID, until that experiment (with its checkpoints) or that checkpoint is. Interrupting loses
+    nothing: the daemon goes on. Exits with 1 if anything failed or the time is over.
+
+    \b
+    Examples:
+      replicate flush
+      replicate flush latest --timeout 60
+    """
+    from replicate import query
+
+    console = session.console
+    ids = [_find_id(session, reference)] if reference else []
+    last = None
+    with console.progress("Storing") as progress:
+
+        def show(now: query.DaemonStatus) -> None:
+            nonlocal last
+            last = now
+            progress.show(f"Storing: {now.waiting_because or describe_queue(now)}")
+
+        try:
+            end = query.wait_stored(ids, timeout_s, show)
+        except TimeoutError:
+            left = f": {describe_queue(last)}" if last else ""
+            raise ReplicateError(
+                f"not everything is stored after {timeout_s:g} s{left}",
+                hint="nothing is lost, the daemon goes on; `replicate status` shows how far it is",
+            ) from None
+    failures = [f for f in end.failures if not ids or f.id in ids or f.experiment_id in ids]
+    if as_json:
+        console.write_json(status_json(end))
+    elif failures:
+        console.note(render_failures(failures, console.view).rstrip("\n"))
+    else:
+        console.note("Everything is stored")
+    if failures:
+        console.fail(f"{plural(len(failures), 'snapshot')} failed to be stored")
+        raise Exit(1)
+
+
+@click.command(cls=Command)
+@ids_argument(required=False)
+@json_option
+@click.pass_obj
+def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
+    """Show how much space experiments take.
+
+    LOGICAL is what was saved, UNIQUE what is left when equal pieces are counted once, STORED what lies in
+    the repository after compression. What experiments share is counted for each, but once in the total.
+
+    \b
+    Examples:
+      replicate du
+      replicate du 3f9c2a1 9ab12cd
+      replicate du --json | jq .stored_bytes
+    """
+    from replicate import query
+
+    console, project = session.console, session.project
+    try:
+        report = query.disk_usage(project.repository, references)
+    except RepositoryMissing:
+        if references or project.repository_origin != "default":
+            raise
+        report = query.DiskUsageReport((), query.DiskUsage("", 0, 0, 0, 0))
+    if as_json:
+        console.write_json(disk_usage_json(report))
+    elif report.experiments:
+        console.write(render_disk_usage(report, console.view))
+    else:
+        console.note(f"There are no experiments in {project.repository} ({format_size(0)})")
+
+
+def _find_id(session: Session, reference: str) -> str:
+    """The complete id of the experiment or checkpoint to wait for."""
+    from replicate import query
+
+    meant = query.resolve(session.project.repository, reference)
+    whole_experiment = meant.named_experiment and not parse_reference(reference).selector
+    if meant.checkpoint is None or whole_experiment:
+        return meant.summary.record.id
+    return meant.checkpoint.id

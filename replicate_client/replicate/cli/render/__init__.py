@@ -1,0 +1,1 @@
+"""Records as text for people: pure functions of records and a `View`."""

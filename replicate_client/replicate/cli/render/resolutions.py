@@ -1,0 +1,40 @@
+"""What a reference was taken to mean, in words and as a reference that means the same for ever."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from replicate.ids import short
+from replicate.records import checkpoint_label
+
+if TYPE_CHECKING:
+    from replicate.query import Resolution
+
+
+def exact_reference(meant: Resolution) -> str:
+    """A reference to exactly this, which a checkpoint made in the meantime does not change."""
+    if meant.checkpoint is not None:
+        return meant.checkpoint.id
+    return f"{meant.summary.record.id}:code"
+
+
+def explain_choice(meant: Resolution) -> str:
+    """`9ab12cd (step 4), the best checkpoint of 3f9c2a1`; empty when the user named it himself."""
+    experiment = short(meant.summary.record.id)
+    if meant.checkpoint is None:
+        if meant.chosen == "code":
+            return f"the files that {experiment} began with"
+        return f"{experiment}, which has no checkpoints"
+    if meant.chosen == "step":
+        return f"{checkpoint_label(meant.checkpoint)}, the newest checkpoint of {experiment} with that step"
+    if meant.chosen in ("best", "latest"):
+        return f"{checkpoint_label(meant.checkpoint)}, the {meant.chosen} checkpoint of {experiment}"
+    return ""
+
+
+def name_snapshot(meant: Resolution) -> str:
+    """What is meant, with or without a choice."""
+    if meant.checkpoint is not None and not meant.chosen:
+        experiment = short(meant.summary.record.id)
+        return f"{checkpoint_label(meant.checkpoint)}, a checkpoint of {experiment}"
+    return explain_choice(meant)

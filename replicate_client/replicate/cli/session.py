@@ -1,0 +1,36 @@
+"""What the global options of one command line say, and what follows from them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from replicate.cli.console import Console
+
+if TYPE_CHECKING:
+    from replicate.config import ProjectConfig
+
+
+class Session:
+    """The options of one command line, and what follows from them."""
+
+    def __init__(self) -> None:
+        self.project_directory: str | None = None
+        self.repository: str | None = None
+        self.verbose = False
+
+    @cached_property
+    def console(self) -> Console:
+        """The streams, looked at when they are first used."""
+        return Console()
+
+    @cached_property
+    def project(self) -> ProjectConfig:
+        """The project that the command is about; raises `ConfigError`."""
+        from replicate.config import find_project
+
+        project = find_project(self.project_directory, self.repository)
+        if self.verbose:
+            self.console.note(f"project directory: {project.directory}")
+            self.console.note(f"repository: {project.repository} (from: {project.repository_origin})")
+        return project

@@ -86,7 +86,7 @@ def is_disconnected(directory: bytes, *, timeout_s: float = 1) -> bool:
     thread = threading.Thread(target=probe, name="statvfs", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    return answers == [errno.ENOTCONN]
+    return answers in ([errno.ENOTCONN], [errno.ECONNABORTED])
 
 
 def find_holders(directory: bytes) -> list[Holder]:

@@ -250,7 +250,10 @@ class MountTable:
                     del self._children[pid]
 
     def _clean(self, registration: Registration) -> None:
-        _unmount_dead(registration.directory)
+        mounted = find_mounted(registration.directory)
+        if mounted is not None and mounted.is_ours and not _unmount_dead(registration.directory):
+            # Its last threads are not gone yet; the next one who looks finds it disconnected.
+            return
         if registration.made_directory:
             with suppress(OSError):
                 os.rmdir(registration.directory)

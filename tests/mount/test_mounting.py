@@ -196,7 +196,7 @@ def test_what_is_absent_stays_absent(mount):
             os.stat(directory / "big/below")
 
 
-def test_damage_is_an_error_and_never_wrong_bytes(mount, snapshots):
+def test_damage_is_an_error_and_never_wrong_bytes(mount, snapshots, home):
     _, directory, tree = mount({b"a": BIG, b"b": BIG[::-1], b"small": b"fine"})
     for pack in (snapshots.directory / "packs").rglob("*"):
         if pack.is_file():
@@ -218,3 +218,4 @@ def test_damage_is_an_error_and_never_wrong_bytes(mount, snapshots):
                 else:
                     assert data == whole[offset : offset + 100_000]
     assert errors == {errno.EIO}
+    assert "damaged" in (home.logs / "mounts.log").read_text()

@@ -1,0 +1,147 @@
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from replicate.cli.render.storing import (
+    disk_usage_json,
+    render_disk_usage,
+    render_failures,
+    render_status,
+    status_json,
+)
+from replicate.connection import DaemonInfo
+from replicate.query import DaemonStatus, DiskUsage, DiskUsageReport, Failure
+
+
+@pytest.fixture
+def idle(now):
+    return DaemonStatus(
+        daemon=DaemonInfo(pid=7, version="0.1.0", protocol=1, started=now - timedelta(hours=2)),
+        pending=0,
+        active=0,
+        failed=0,
+        bytes_pending=0,
+        active_id="",
+        active_bytes_done=0,
+        active_bytes_total=0,
+        bytes_per_second=0.0,
+        spool_bytes=0,
+        failures=(),
+        waiting_because="",
+        mounts=0,
+    )
+
+
+@pytest.fixture
+def busy(idle, now):
+    return replace(
+        idle,
+        pending=2,
+        active=1,
+        failed=1,
+        bytes_pending=300 << 20,
+        active_id="c1" + "0" * 62,
+        active_bytes_done=10 << 20,
+        active_bytes_total=100 << 20,
+        bytes_per_second=float(10 << 20),
+        spool_bytes=1 << 30,
+        failures=(Failure("c2" + "0" * 62, "ee" + "0" * 62, ("model.pt",), "torn", now),),
+        waiting_because="disk full\n",
+        mounts=2,
+    )
+
+
+def test_an_idle_daemon(idle, view):
+    assert render_status(idle, view) == (
+        "Daemon:  running (pid 7, version 0.1.0, started 2 hours ago)\n"
+        "Queue:   empty, everything is stored\n"
+        "Spool:   0 B\n"
+        "Mounts:  0\n"
+    )
+
+
+def test_a_busy_daemon_says_how_long_and_what_failed(busy, view):
+    assert render_status(busy, view) == (
+        "Daemon:   running (pid 7, version 0.1.0, started 2 hours ago)\n"
+        "Queue:    3 snapshots to store (300.0 MiB), 10.0 MiB/s, about 30s left\n"
+        "Storing:  c200000, 10.0 MiB of 100.0 MiB\n".replace("c2", "c1")
+        + "Held up:  disk full\\n\n"
+        "Spool:    1.0 GiB\n"
+        "Mounts:   2\n"
+        "\n"
+        "Failed\n"
+        "ID       WHEN      PATH      WHY\n"
+        "c200000  just now  model.pt  torn\n"
+        "`replicate rm c200000` forgets what failed\n"
+    )
+
+
+def test_many_failures_name_a_few_to_forget(busy, view):
+    text = render_failures(busy.failures * 5, view)
+    assert "`replicate rm c200000 c200000 c200000 …` forgets" in text
+
+
+def test_status_json_has_the_keys_of_the_contract(busy):
+    data = status_json(busy)
+    assert data["daemon"] == {
+        "pid": 7,
+        "version": "0.1.0",
+        "protocol": 1,
+        "started": "2026-11-23T10:00:00.000000Z",
+    }
+    assert data["queue"] == {
+        "pending": 2,
+        "active": 1,
+        "failed": 1,
+        "bytes_pending": 300 << 20,
+        "bytes_per_second": float(10 << 20),
+        "eta_s": 30.0,
+    }
+    assert data["failures"] == [
+        {
+            "id": "c2" + "0" * 62,
+            "experiment_id": "ee" + "0" * 62,
+            "path": "model.pt",
+            "error": "torn",
+            "at": "2026-11-23T12:00:00.000000Z",
+        }
+    ]
+
+
+def test_status_json_of_an_idle_daemon_has_nulls(idle):
+    data = status_json(idle)
+    assert data["active"] is data["waiting_because"] is data["queue"]["eta_s"] is None
+    assert data["failures"] == []
+
+
+REPORT = DiskUsageReport(
+    experiments=(
+        DiskUsage("aa" + "0" * 62, logical_bytes=4096, unique_bytes=2048, stored_bytes=1024, snapshots=1234),
+        DiskUsage("bb" + "0" * 62, logical_bytes=0, unique_bytes=0, stored_bytes=0, snapshots=0),
+    ),
+    total=DiskUsage("", logical_bytes=4096, unique_bytes=2048, stored_bytes=1536, snapshots=1234),
+)
+
+
+def test_disk_usage_says_what_saved_space(view):
+    assert render_disk_usage(REPORT, view) == (
+        "EXPERIMENT  SNAPSHOTS  LOGICAL   UNIQUE   STORED\n"
+        "aa00000         1,234  4.0 KiB  2.0 KiB  1.0 KiB\n"
+        "bb00000             0      0 B      0 B      0 B\n"
+        "total           1,234  4.0 KiB  2.0 KiB  1.5 KiB\n"
+        "\n"
+        "Deduplication saved 2.0 KiB (50%); compression saved 512 B (25%)\n"
+    )
+
+
+def test_disk_usage_json_has_the_total_at_the_top():
+    data = disk_usage_json(REPORT)
+    assert (data["logical_bytes"], data["unique_bytes"], data["stored_bytes"]) == (4096, 2048, 1536)
+    assert data["experiments"][0] == {
+        "id": "aa" + "0" * 62,
+        "logical_bytes": 4096,
+        "unique_bytes": 2048,
+        "stored_bytes": 1024,
+        "snapshots": 1234,
+    }

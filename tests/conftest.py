@@ -5,6 +5,7 @@
 
 import os
 import stat
+from pathlib import PurePath
 
 import blake3
 import hypothesis
@@ -118,4 +119,4 @@ def describe_directory(top):
 @pytest.fixture(scope="session")
 def described():
     """What a tree, or a directory, holds, in a form that can be compared."""
-    return lambda thing: describe_tree(thing) if hasattr(thing, "walk") else describe_directory(thing)
+    return lambda thing: describe_directory(thing) if isinstance(thing, PurePath) else describe_tree(thing)

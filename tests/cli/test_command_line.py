@@ -100,7 +100,7 @@ def test_without_a_command_the_help_is_shown(run):
         (["ls", "--jsno"], "no such option: --jsno", "did you mean `--json`?"),
         (["ls", "-Z"], "no such option: -Z", "see `replicate ls --help`"),
         (["--repo"], "no such option: --repo", "did you mean `--repository`?"),
-        (["daemon"], "no command given", "see `replicate daemon --help`"),
+        (["daemon"], "missing command", "see `replicate daemon --help`"),
         (["show"], "missing argument 'ID'", "see `replicate show --help`"),
         (["show", "abcd", "bcde"], "got unexpected extra argument (bcde)", "see `replicate show --help`"),
         (["show", "zz"], "invalid id: 'zz'", "an id is hexadecimal"),

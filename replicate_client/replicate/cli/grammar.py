@@ -52,7 +52,8 @@ class Group(click.Group):
     other_words: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        # Without a command: wrong usage, like everything else that is missing.
+        super().__init__(*args, no_args_is_help=False, **kwargs)
         self.params = [*self.params, *_make_global_options()]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

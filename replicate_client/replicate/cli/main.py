@@ -107,8 +107,6 @@ def _explain_usage(error: click.ClickException) -> tuple[str, str]:
 
     context = error.ctx if isinstance(error, click.UsageError) else None
     hint = f"see `{context.command_path} --help`" if context else ""
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        return "no command given", hint
     if isinstance(error, NoSuchCommand):
         return error.message, f"did you mean `{error.nearest}`?" if error.nearest else hint
     if isinstance(error, click.NoSuchOption):

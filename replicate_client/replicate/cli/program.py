@@ -37,7 +37,6 @@ class _Program(Group):
 @click.group(
     cls=_Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    no_args_is_help=False,
     invoke_without_command=True,
 )
 @click.pass_context

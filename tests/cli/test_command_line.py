@@ -109,6 +109,7 @@ def test_without_a_command_the_help_is_shown(run):
         (["show", "abc"], "id is too short: 'abc'", "give at least 4 characters"),
         (["show", "abcd:worst"], "unknown selection 'worst' in 'abcd:worst'", "use :best"),
         (["rm", "abcd", "x"], "invalid id: 'x'", "an id is hexadecimal"),
+        (["rm", "abcd:code"], "the files that an experiment began with cannot be removed", "without :code"),
         (["ls", "-n", "0"], "invalid value for '-n' / '--limit'", "see `replicate ls --help`"),
         (["ls", "-q", "--json"], "-q/--quiet prints only ids and cannot go with --json", "see"),
         (["ls", "-q", "--all"], "-q/--quiet prints only ids and cannot go with --all", "see"),

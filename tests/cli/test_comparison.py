@@ -178,6 +178,12 @@ def test_the_same_twice_has_no_difference(left, view):
     assert not any(data[part] for part in data.keys() - {"left", "right"})
 
 
+def test_files_that_could_not_be_compared_are_not_called_equal(left, right, view):
+    comparison = compare(left, right, None)
+    assert render_comparison(comparison, view).endswith("Files\n(not compared)\n")
+    assert comparison_json(comparison)["files"] is None
+
+
 def test_experiments_without_checkpoints_can_be_compared(left, right, view):
     text = render_comparison(
         compare(replace(left, checkpoint=None), replace(right, checkpoint=None), []), view

@@ -49,6 +49,11 @@ class Compared:
     #: None: an experiment alone.
     checkpoint: CheckpointRecord | None
 
+    @property
+    def has_files(self) -> bool:
+        """Whether any files were saved."""
+        return bool(self.summary.record.paths or (self.checkpoint and self.checkpoint.paths))
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -62,11 +67,12 @@ class Comparison:
     git: Sequence[Difference]
     checkpoint: Sequence[Difference]
     metrics: Sequence[Difference]
-    files: Sequence[FileChange]
+    #: None: could not be compared.
+    files: Sequence[FileChange] | None
 
 
-def compare(left: Compared, right: Compared, files: Sequence[FileChange]) -> Comparison:
-    """The comparison of two sides whose files were compared already."""
+def compare(left: Compared, right: Compared, files: Sequence[FileChange] | None) -> Comparison:
+    """The comparison of two sides whose files were compared already (or could not be: None)."""
     one, other = left.summary.record, right.summary.record
     return Comparison(
         left=left,

@@ -53,7 +53,7 @@ class Group(click.Group):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Without a command: wrong usage, like everything else that is missing.
-        super().__init__(*args, no_args_is_help=False, **kwargs)
+        super().__init__(*args, **{**kwargs, "no_args_is_help": False})
         self.params = [*self.params, *_make_global_options()]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

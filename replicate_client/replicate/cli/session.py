@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from replicate.cli.console import Console
+from replicate.cli.text import escape
 
 if TYPE_CHECKING:
     from replicate.config import ProjectConfig
@@ -31,6 +32,6 @@ class Session:
 
         project = find_project(self.project_directory, self.repository)
         if self.verbose:
-            self.console.note(f"project directory: {project.directory}")
-            self.console.note(f"repository: {project.repository} (from: {project.repository_origin})")
+            self.console.note(f"project directory: {escape(str(project.directory))}")
+            self.console.note(f"repository: {escape(project.repository)} ({project.repository_origin})")
         return project

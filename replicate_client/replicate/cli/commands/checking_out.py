@@ -78,21 +78,24 @@ def checkout(
         )
         last: CheckoutEvent | None = None
         actions: list[CheckoutAction] = []
+        bytes_total = 0
         with console.progress("Writing") as progress:
             for event in events:
+                if last is None:
+                    bytes_total = event.bytes_total  # later events only say how far it is
                 last = event
                 actions += event.actions
-                progress.show_bytes(event.bytes_done, event.bytes_total)
+                progress.show_bytes(event.bytes_done, bytes_total)
         return last, actions
 
     try:
         last, actions = write(force=force)
     except CheckoutConflict as conflict:
-        if not console.can_ask:
-            hint = "-f/--force replaces what is in the way, -o DIR writes elsewhere"
-            raise CheckoutConflict(conflict.message, hint=hint, fields=conflict.fields) from None
+        if not console.can_ask or not os.path.isdir(directory):
+            raise
         console.warn(conflict.message)
-        if not console.confirm("Replace what is in the way?"):
+        also = ", and remove those that are not in the snapshot" if delete else ""
+        if not console.confirm(f"Replace files of the same names{also}?"):
             raise ReplicateError("nothing was checked out") from None
         last, actions = write(force=True)
 

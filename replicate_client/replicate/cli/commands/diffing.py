@@ -16,6 +16,7 @@ from replicate.cli.render.resolutions import exact_reference, explain_choice
 from replicate.cli.session import Session
 from replicate.cli.text import escape, format_size
 from replicate.cli.view import View
+from replicate.errors import NotStored
 from replicate.records import FileChange
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ def diff(session: Session, left: str, right: str, with_content: bool, as_json: b
     console, repository = session.console, session.project.repository
     meanings = query.resolve(repository, left), query.resolve(repository, right)
     references = exact_reference(meanings[0]), exact_reference(meanings[1])
-    changes: list[FileChange] = []
-    if references[0] != references[1]:
-        changes = list(query.diff_files(repository, *references))
     one, other = (Compared(meant.summary, meant.checkpoint) for meant in meanings)
+    changes: list[FileChange] | None = None
+    try:
+        changes = _compare_files(repository, (one, other), references)
+    except NotStored as error:
+        console.warn(f"files are not compared: {error.message}")
     comparison = compare(one, other, changes)
     if as_json:
         console.write_json(comparison_json(comparison))
@@ -61,9 +64,27 @@ def diff(session: Session, left: str, right: str, with_content: bool, as_json: b
         _announce(session, meant)
     console.write(render_comparison(comparison, console.view))
     if with_content:
-        for change in changes:
+        for change in changes or ():
             for line in _content_lines(repository, references, change, console.view):
                 console.write(line + "\n")
+
+
+def _compare_files(
+    repository: str, sides: tuple[Compared, Compared], references: tuple[str, str]
+) -> list[FileChange]:
+    """The files that differ; of a side that saved none, all of the other's. Raises `NotStored`."""
+    from replicate import query
+
+    if references[0] == references[1]:
+        return []
+    left, right = sides
+    if left.has_files and right.has_files:
+        return list(query.diff_files(repository, *references))
+    if left.has_files:
+        return [FileChange(e.path, e, None) for e in query.list_files(repository, references[0])]
+    if right.has_files:
+        return [FileChange(e.path, None, e) for e in query.list_files(repository, references[1])]
+    return []
 
 
 def _announce(session: Session, meant: Resolution) -> None:

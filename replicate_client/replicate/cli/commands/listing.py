@@ -12,6 +12,7 @@ from replicate.cli.grammar import Command
 from replicate.cli.json_output import summary_json
 from replicate.cli.render.experiments import render_csv, render_experiments
 from replicate.cli.session import Session
+from replicate.cli.text import escape
 from replicate.errors import RepositoryMissing
 from replicate.records import ExperimentSummary
 
@@ -121,7 +122,7 @@ def _list(
     elif summaries:
         console.write(render_experiments(summaries, console.view, everything=everything))
     else:
-        console.note(f"There are {none_found} in {session.project.repository}")
+        console.note(f"There are {none_found} in {escape(session.project.repository)}")
 
 
 def _query(session: Session, filters: Sequence[str], sort: str, limit: int | None) -> list[ExperimentSummary]:

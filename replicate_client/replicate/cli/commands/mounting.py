@@ -35,12 +35,12 @@ def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: b
     """Mount a snapshot, or the whole repository, read-only.
 
     Files are fetched when they are read, so a mount of any size is there at once. Returns when the mount
-    can be used. Without an ID, the whole repository is mounted: experiments/, by-name/, by-tag/, latest.
+    can be used. Of an experiment, the best checkpoint is mounted, else the latest, laid over the files that
+    it began with, as `replicate checkout` does.
 
     \b
     Examples:
       mkdir /tmp/best && replicate mount 3f9c2a1:best /tmp/best
-      replicate mount /mnt/runs && ls /mnt/runs/experiments
       replicate mount latest /mnt --foreground
     """
     if len(where) > 2:

@@ -10,8 +10,8 @@ from replicate.cli.arguments import ids_argument
 from replicate.cli.grammar import Command
 from replicate.cli.session import Session
 from replicate.cli.text import plural
-from replicate.errors import ReplicateError
-from replicate.ids import short
+from replicate.errors import InvalidArgument, ReplicateError
+from replicate.ids import parse_reference, short
 
 if TYPE_CHECKING:
     from replicate.query import RemovedItem
@@ -35,6 +35,12 @@ def rm(session: Session, references: tuple[str, ...], force: bool) -> None:
     """
     from replicate import query
 
+    for reference in references:
+        if parse_reference(reference).selector == "code":
+            raise InvalidArgument(
+                f"the files that an experiment began with cannot be removed alone: {reference}",
+                hint="without :code, the whole experiment is removed",
+            )
     console, repository = session.console, session.project.repository
     items = query.remove(repository, references, dry_run=True, force=force)
     if not force:

@@ -16,7 +16,7 @@ from replicate.cli.render.storing import (
     status_json,
 )
 from replicate.cli.session import Session
-from replicate.cli.text import format_size, plural
+from replicate.cli.text import escape, format_size, plural
 from replicate.errors import ReplicateError, RepositoryMissing
 from replicate.ids import parse_reference
 
@@ -130,7 +130,7 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
     elif report.experiments:
         console.write(render_disk_usage(report, console.view))
     else:
-        console.note(f"There are no experiments in {project.repository} ({format_size(0)})")
+        console.note(f"There are no experiments in {escape(project.repository)} ({format_size(0)})")
 
 
 def _find_id(session: Session, reference: str) -> str:

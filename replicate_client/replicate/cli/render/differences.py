@@ -59,7 +59,8 @@ def render_comparison(comparison: Comparison, view: View) -> str:
         _render_section(title, "".join(_render_row(row, widths, view) for row in rows), view)
         for title, rows in sections
     ]
-    return "\n".join([*parts, _render_section("Files", render_file_changes(comparison.files, view), view)])
+    files = "(not compared)" if comparison.files is None else render_file_changes(comparison.files, view)
+    return "\n".join([*parts, _render_section("Files", files, view)])
 
 
 def render_file_changes(changes: Sequence[FileChange], view: View) -> str:
@@ -79,7 +80,7 @@ def render_file_changes(changes: Sequence[FileChange], view: View) -> str:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Json]:
-    """Only what differs; a side that lacks a value has no such key."""
+    """Only what differs; a side that lacks a value has no such key. `files` is null if not compared."""
     return {
         "left": _side_json(comparison.left),
         "right": _side_json(comparison.right),
@@ -89,15 +90,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Json]:
         "git": _differences_json(comparison.git),
         "checkpoint": _differences_json(comparison.checkpoint),
         "metrics": _differences_json(comparison.metrics),
-        "files": [
-            {
-                **path_json("path", change.path),
-                "change": describe_change(change),
-                "left": file_json(change.left) if change.left else None,
-                "right": file_json(change.right) if change.right else None,
-            }
-            for change in comparison.files
-        ],
+        "files": None if comparison.files is None else [_change_json(change) for change in comparison.files],
     }
 
 
@@ -116,6 +109,15 @@ def _side_json(side: Compared) -> dict[str, Json]:
     return {
         "experiment": side.summary.record.id,
         "checkpoint": side.checkpoint.id if side.checkpoint else None,
+    }
+
+
+def _change_json(change: FileChange) -> dict[str, Json]:
+    return {
+        **path_json("path", change.path),
+        "change": describe_change(change),
+        "left": file_json(change.left) if change.left else None,
+        "right": file_json(change.right) if change.right else None,
     }
 
 

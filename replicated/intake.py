@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from replicate import wire
 from replicate.errors import CaptureFailed, NotFound
@@ -77,6 +78,8 @@ class Intake:
             answered = self._answered(record.id)
             if answered is not None:
                 return answered
+            # A repository that cannot be used is told now; later trouble with it does not stop training.
+            self._repositories.get(repository, create=True)
             accepted = self._accept(
                 Job(
                     id=record.id,
@@ -156,10 +159,9 @@ class Intake:
         self._watch(run)
 
     def _accept(self, job: Job, request: CaptureRequest | None) -> Accepted:
-        opened = self._repositories.get(job.repository, create=True)
         captured = Captured(0, 0, ())
         if request is not None:
-            captured = self._capturer.capture(request, opened.store.capabilities.local_root)
+            captured = self._capturer.capture(request, _local_directory(job.repository))
             job = dataclasses.replace(
                 job,
                 has_files=True,
@@ -218,6 +220,10 @@ class Intake:
             with self._left:
                 self._in_progress.remove(identifier)
                 self._left.notify_all()
+
+
+def _local_directory(repository: str) -> Path | None:
+    return Path(repository.removeprefix("file://")) if repository.startswith("file://") else None
 
 
 def _public_state(state: JobState) -> SnapshotState:

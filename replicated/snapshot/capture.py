@@ -73,8 +73,8 @@ class Capturer:
         """
         selection = _Selection.of(request.paths)
         skipped = self._private.union(_identities([repository_directory] if repository_directory else []))
-        directory = self._spool.begin(request.identifier)
         try:
+            directory = self._spool.begin(request.identifier)
             walk = _Walk(request, directory, skipped)
             try:
                 walk.run(selection)
@@ -83,7 +83,7 @@ class Capturer:
             self._spool.commit(request.identifier, durable=request.durable)
         except OSError as error:
             self._spool.abandon(request.identifier)
-            raise _spool_error(error, directory) from error
+            raise _spool_error(error, self._spool.directory) from error
         except BaseException:
             self._spool.abandon(request.identifier)
             raise
@@ -421,7 +421,7 @@ class _Walk:
 
     def _source_error(self, error: OSError, path: bytes) -> Exception:
         if isinstance(error, _SpoolFailure) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _spool_error(error, self._spool_directory)
+            return _spool_error(error, self._spool_directory.parent)
         shown = os.fsdecode(path)
         return CaptureFailed(
             f"cannot read {shown}: {error.strerror}",
@@ -478,11 +478,11 @@ def _count(paths: list[bytes], singular: str, plural: str) -> str:
 
 def _spool_error(error: OSError, directory: Path) -> CaptureFailed:
     try:
-        status = os.statvfs(directory.parent)
+        status = os.statvfs(directory)
         free = f" ({status.f_bavail * status.f_frsize >> 20} MiB free)"
     except OSError:
         free = ""
     return CaptureFailed(
-        f"cannot write to the spool {directory.parent}: {error.strerror}{free}",
+        f"cannot write to the spool {directory}: {error.strerror}{free}",
         hint="free some space, or set REPLICATE_HOME to a larger disk",
     )

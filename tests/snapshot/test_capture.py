@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import subprocess
 import threading
 from pathlib import Path
 
@@ -332,15 +333,22 @@ def test_a_full_spool_is_told_with_the_place_and_leaves_nothing(spool, project, 
     assert spool.identifiers() == []
 
 
-def test_a_deep_tree_is_captured(spool, project):
+@pytest.fixture
+def deep_directory(project):
+    """A directory 1,200 levels down; `rm` takes it away, since pytest's own clean-up recurses."""
     descriptor = os.open(project, os.O_RDONLY)
     for _ in range(1200):
         os.mkdir("d", dir_fd=descriptor)
         below = os.open("d", os.O_RDONLY, dir_fd=descriptor)
         os.close(descriptor)
         descriptor = below
-    os.close(os.open("leaf", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor))
+    yield descriptor
     os.close(descriptor)
+    subprocess.run(["rm", "-rf", project / "d"], check=True)
+
+
+def test_a_deep_tree_is_captured(spool, project, deep_directory):
+    os.close(os.open("leaf", os.O_CREAT | os.O_WRONLY, dir_fd=deep_directory))
     captured, entries = capture(spool, project, ".")
     assert captured.file_count == 1
     assert max(len(path.split(b"/")) for path in entries) == 1201

@@ -1,0 +1,438 @@
+"""The daemon over its socket: record, list, read back, survive."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import grpc
+import pytest
+
+from replicate import errors
+from replicate._pb import daemon_pb2 as pb
+from replicate.ids import new_id
+from replicate.records import ProcessIdentity
+from replicated.processes import current_boot_id, identify
+
+
+def sleeper():
+    """A process that does nothing, to stand for a training script."""
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+
+def test_an_experiment_and_its_checkpoints_are_recorded_listed_and_read_back(project):
+    project.write("train.py", b"print(1)")
+    experiment = project.init("train.py", params={"lr": 0.1, "nan": float("nan")}, name="first", tags=("a",))
+    project.write("model.pt", b"one")
+    worse = project.checkpoint(experiment, "model.pt", step=0, metrics={"loss": 0.5})
+    project.write("model.pt", b"two")
+    best = project.checkpoint(experiment, "model.pt", step=1, metrics={"loss": 0.25})
+    project.checkpoint(experiment, step=2, metrics={"loss": 0.75})
+    assert project.flush().failed == 0
+    (summary,) = project.list()
+    assert summary.record.id == experiment.id
+    assert summary.record.params["lr"] == 0.1
+    assert summary.record.params["nan"] != summary.record.params["nan"]
+    assert (summary.status, summary.state, summary.checkpoint_count) == ("running", "stored", 3)
+    assert summary.best.id == best.id
+    assert summary.latest.step == 2
+    assert [c.state for c in project.checkpoints(experiment.id)] == ["stored"] * 3
+    assert project.read(worse.id, "model.pt") == b"one"
+    assert project.read(experiment.id, "model.pt") == b"two"
+    assert project.read(f"{experiment.id[:9]}:step=0", "model.pt") == b"one"
+    assert project.read("latest", "train.py") == b"print(1)"
+    assert set(project.files(f"{experiment.id}:code")) == {b"train.py"}
+    assert set(project.files(best.id)) == {b"train.py", b"model.pt"}
+
+
+def test_ranges_of_files_are_read(project):
+    data = os.urandom(3_000_000)
+    project.write("data.bin", data)
+    experiment = project.init("data.bin")
+    project.flush()
+    assert project.read(experiment.id, "data.bin") == data
+    assert project.read(experiment.id, "data.bin", 1_000_001, 1_500_000) == data[1_000_001:2_500_001]
+    assert project.read(experiment.id, "data.bin", 2_999_990, 100) == data[-10:]
+    assert project.read(experiment.id, "data.bin", 4_000_000) == b""
+
+
+def test_overwriting_a_file_right_after_the_call_changes_nothing(project):
+    data = os.urandom(20 << 20)
+    file = project.write("weights", data)
+    experiment = project.init("weights")
+    file.write_bytes(b"gone")
+    project.flush()
+    assert project.read(experiment.id, "weights") == data
+
+
+def test_a_repeated_request_is_one_snapshot(project):
+    project.write("a", b"first")
+    experiment = project.init("a")
+    project.write("a", b"second")
+    reply = project.send_init(experiment)
+    assert reply.file_count == 1
+    project.flush()
+    assert len(project.list()) == 1
+    assert project.read(experiment.id, "a") == b"first"
+
+
+def test_requests_of_one_id_at_the_same_time_are_one_snapshot(project):
+    project.write("big", os.urandom(8 << 20))
+    record = dataclasses.replace(project.init(), id=new_id(), paths=("big",))
+    threads = [threading.Thread(target=project.send_init, args=(record,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert project.flush().failed == 0
+    assert len(project.list()) == 2
+    assert not list((project.daemon.home / "state" / "spool").iterdir())
+
+
+def test_a_second_copy_of_unchanged_data_takes_next_to_nothing(project):
+    project.write("data/train.bin", os.urandom(30 << 20))
+    project.init("data")
+    project.flush()
+    before = project.daemon.stub.GetDiskUsage(pb.DiskUsageRequest(repository=project.repository)).total
+    project.init("data")
+    project.flush()
+    after = project.daemon.stub.GetDiskUsage(pb.DiskUsageRequest(repository=project.repository)).total
+    assert before.stored_bytes >= 30 << 20
+    assert after.stored_bytes - before.stored_bytes < 100_000
+    assert after.logical_bytes == 2 * before.logical_bytes == 2 * (30 << 20)
+    assert before.unique_bytes == pytest.approx(30 << 20, rel=0.01)
+
+
+def test_snapshots_are_listed_as_captured_until_they_are_stored_and_never_half(project, error_of, tmp_path):
+    project.write("a")
+    first = project.init("a")
+    project.flush()
+    # The repository disappears from under the daemon: nothing can be stored, and nothing is lost.
+    hidden = tmp_path / "hidden"
+    (project.directory / ".replicate").rename(hidden)
+    (project.directory / ".replicate").write_text("in the way")
+    checkpoint = project.checkpoint(first, "a", metrics={"loss": 1.0})
+    reply = project.daemon.stub.WaitStored(pb.WaitStoredRequest(timeout_s=0.2))
+    assert reply.pending + reply.active == 1
+    (project.directory / ".replicate").unlink()
+    hidden.rename(project.directory / ".replicate")
+    assert project.flush().failed == 0
+    assert project.read(checkpoint.id, "a") == b"x"
+
+
+def test_reading_what_is_not_stored_yet_says_so(project, error_of):
+    project.write("a", os.urandom(200 << 20))
+    experiment = project.init("a")
+    error = error_of(lambda: project.read(experiment.id, "a"))
+    assert isinstance(error, errors.NotStored)
+    assert (error.fields["state"], error.fields["id"]) == ("captured", experiment.id)
+    (summary,) = project.list()
+    assert summary.state == "captured"
+    project.flush()
+    (summary,) = project.list()
+    assert summary.state == "stored"
+
+
+@pytest.mark.parametrize("mode", ["auto", "copy"])
+def test_a_daemon_killed_while_storing_is_continued_by_the_next(project, mode):
+    data = os.urandom(150 << 20)
+    project.write("weights", data)
+    experiment = project.init("weights", mode=mode)
+    checkpoint = project.checkpoint(experiment, "weights", metrics={"loss": 0.1}, mode=mode)
+    project.daemon.kill()
+    assert not (project.directory / ".replicate" / "snapshots" / checkpoint.id).exists()
+    project.daemon.start()
+    assert project.flush().failed == 0
+    assert project.read(checkpoint.id, "weights") == data
+    (summary,) = project.list()
+    assert summary.best.id == checkpoint.id
+    assert not list((project.daemon.home / "state" / "spool").iterdir())
+
+
+def test_a_stopped_daemon_leaves_nothing_behind_and_loses_nothing(project, wait_until):
+    project.write("weights", os.urandom(100 << 20))
+    experiment = project.init("weights")
+    assert project.daemon.stop() == 0
+    assert not (project.daemon.home / "run" / "replicated.sock").exists()
+    project.daemon.start()
+    project.flush()
+    assert len(project.read(experiment.id, "weights")) == 100 << 20
+
+
+def test_captures_of_an_earlier_boot_that_were_not_fsynced_are_failed_not_believed(project, home):
+    import sqlite3
+
+    project.write("a")
+    (project.directory / ".replicate").mkdir()
+    (project.directory / ".replicate").chmod(0o700)
+    project.daemon.stub.Shutdown(pb.ShutdownRequest())
+    project.daemon.process.wait()
+    project.daemon.start()
+    experiment = project.init("a")
+    project.flush()
+    big = os.urandom(150 << 20)
+    project.write("b", big)
+    unsafe = project.checkpoint(experiment, "b", metrics={"loss": 0.5})
+    safe = project.checkpoint(experiment, "b", mode="copy")
+    project.daemon.kill()
+    with sqlite3.connect(home / "state" / "journal.db") as journal:
+        journal.execute("UPDATE jobs SET boot_id = 'another boot'")
+    journal.close()
+    project.daemon.start()
+    reply = project.flush()
+    assert reply.failed == 1
+    assert "the machine restarted" in reply.failures[0].error
+    states = {c.id: c for c in project.checkpoints(experiment.id)}
+    assert states[unsafe.id].state == "failed"
+    assert states[unsafe.id].metrics == {"loss": 0.5}
+    assert project.read(safe.id, "b") == big
+
+
+def test_a_process_that_is_killed_is_noticed_at_once(project, wait_until):
+    with sleeper() as process:
+        project.init(process=identify(process.pid))
+        assert project.list()[0].status == "running"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_until(lambda: project.list()[0].status == "killed", "the run counts as killed")
+    project.flush()
+    (summary,) = project.list()
+    assert summary.ended is not None
+    assert len(list((project.directory / ".replicate" / "edits").rglob("*.json"))) == 1
+
+
+def test_a_process_that_dies_while_no_daemon_runs_is_noticed_by_the_next(project, wait_until):
+    with sleeper() as process:
+        project.init(process=identify(process.pid))
+        project.flush()
+        project.daemon.kill()
+        process.kill()
+    project.daemon.start()
+    wait_until(lambda: project.list()[0].status == "killed", "the run counts as killed")
+
+
+@pytest.mark.parametrize("status", ["stopped", "failed"])
+def test_the_end_of_a_run_is_recorded(project, status):
+    experiment = project.init()
+    project.flush()
+    project.end(experiment, status)
+    assert project.list()[0].status == status
+    project.flush()
+    assert project.list()[0].status == status
+    assert not list((project.directory / ".replicate" / "heartbeats").glob("*"))
+
+
+def test_a_pid_that_was_reused_is_not_the_process(project, wait_until):
+    project.init(process=ProcessIdentity(os.getpid(), 1, current_boot_id()))
+    wait_until(lambda: project.list()[0].status == "killed", "another process of that pid does not count")
+
+
+def test_a_resumed_experiment_is_running_again(project):
+    experiment = project.init()
+    project.end(experiment)
+    project.flush()
+    me = identify(os.getpid())
+    reply = project.daemon.stub.ResumeExperiment(
+        pb.ResumeExperimentRequest(
+            target=project.target(experiment.id),
+            process=pb.Process(pid=me.pid, start_ticks=me.start_ticks, boot_id=me.boot_id),
+            at_ns=0,
+        )
+    )
+    assert reply.status == "running"
+    assert project.list()[0].status == "running"
+
+
+def test_removing_takes_away_records_at_once_and_for_good(project, error_of):
+    project.write("a")
+    experiment = project.init("a")
+    kept = project.checkpoint(experiment, "a", step=1)
+    gone = project.checkpoint(experiment, "a", step=2)
+    project.flush()
+    request = pb.RemoveRequest(repository=project.repository, ids=[gone.id[:8]])
+    (item,) = project.daemon.stub.Remove(request).items
+    assert (item.id, item.kind, item.step) == (gone.id, "checkpoint", 2)
+    assert [c.id for c in project.checkpoints(experiment.id)] == [kept.id]
+    refused = error_of(
+        lambda: project.daemon.stub.Remove(
+            pb.RemoveRequest(repository=project.repository, ids=[experiment.id])
+        )
+    )
+    assert isinstance(refused, errors.InvalidArgument)
+    project.end(experiment)
+    project.daemon.stub.Remove(pb.RemoveRequest(repository=project.repository, ids=[experiment.id]))
+    project.flush()
+    assert project.list() == []
+    assert isinstance(error_of(lambda: project.resolve(experiment.id)), errors.NotFound)
+    # The script goes on, and is told.
+    error = error_of(lambda: project.checkpoint(experiment, "a"))
+    assert isinstance(error, errors.NotFound)
+    assert "was deleted" in error.message
+
+
+def test_removing_what_is_being_stored_keeps_it_from_appearing(project):
+    project.write("big", os.urandom(100 << 20))
+    experiment = project.init("big")
+    project.daemon.stub.Remove(
+        pb.RemoveRequest(repository=project.repository, ids=[experiment.id], force=True)
+    )
+    project.flush()
+    assert project.list() == []
+    assert not list((project.directory / ".replicate" / "snapshots").glob("*"))
+
+
+def test_two_repositories_are_stored_side_by_side(project, tmp_path):
+    project.write("a")
+    other = dataclasses.replace(project, repository=f"file://{tmp_path}/other")
+    first, second = project.init("a"), other.init("a")
+    project.flush()
+    assert [s.record.id for s in project.list()] == [first.id]
+    assert [s.record.id for s in other.list()] == [second.id]
+
+
+def test_a_missing_path_is_refused_and_nothing_is_recorded(project, error_of):
+    error = error_of(lambda: project.init("nothing.pt"))
+    assert isinstance(error, errors.PathMissing)
+    assert "nothing.pt" in error.message
+    assert project.list() == []
+
+
+def test_a_checkpoint_whose_files_cannot_be_frozen_keeps_its_metrics(project, error_of):
+    experiment = project.init()
+    project.write("model.pt")
+    spool = project.daemon.home / "state" / "spool"
+    spool.rename(spool.with_name("elsewhere"))
+    spool.write_text("in the way")
+    error = error_of(lambda: project.checkpoint(experiment, "model.pt", step=4, metrics={"loss": 0.5}))
+    spool.unlink()
+    spool.with_name("elsewhere").rename(spool)
+    assert isinstance(error, errors.CaptureFailed)
+    assert "cannot write to the spool" in error.message
+    reply = project.flush()
+    assert reply.failed == 1
+    assert "cannot write to the spool" in reply.failures[0].error
+    (checkpoint,) = project.checkpoints(experiment.id)
+    assert (checkpoint.state, checkpoint.step, checkpoint.metrics) == ("failed", 4, {"loss": 0.5})
+
+
+def test_damaged_records_are_listed_as_such_and_others_are_not_affected(project):
+    first, second = project.init(), project.init()
+    project.flush()
+    record = project.directory / ".replicate" / "experiments" / f"{first.id}.json"
+    record.chmod(0o600)
+    record.write_bytes(record.read_bytes()[:-30])
+    project.daemon.stop()
+    shutil.rmtree(project.daemon.home / "cache")
+    project.daemon.start()
+    found = {s.record.id: s for s in project.list()}
+    assert found[first.id].state == "failed"
+    assert "damaged" in found[first.id].error
+    assert found[second.id].state == "stored"
+
+
+@pytest.mark.parametrize(
+    "reference", ["", "xyz", "../../etc", "ab", "latest:nope", "abcd:step=x", "/", "latest:best"]
+)
+def test_references_that_mean_nothing_are_refused(project, error_of, reference):
+    project.init()
+    error = error_of(lambda: project.resolve(reference))
+    assert isinstance(error, (errors.InvalidArgument, errors.NotFound))
+
+
+def test_an_ambiguous_prefix_is_refused(project, error_of):
+    first = project.init()
+    twin = dataclasses.replace(first, id=first.id[:10] + new_id()[10:])
+    project.send_init(twin)
+    error = error_of(lambda: project.resolve(first.id[:10]))
+    assert isinstance(error, errors.Ambiguous)
+    assert project.resolve(first.id).summary.experiment.id == first.id
+
+
+def test_hostile_requests_are_refused_and_the_daemon_lives_on(project, error_of):
+    stub = project.daemon.stub
+    good = project.init()
+    requests = [
+        lambda: project.send_init(dataclasses.replace(good, id="short")),
+        lambda: project.send_init(dataclasses.replace(good, id=new_id(), paths=("../up",))),
+        lambda: project.send_init(dataclasses.replace(good, id=new_id(), paths=("/etc/passwd",))),
+        lambda: project.send_init(dataclasses.replace(good, id=new_id(), paths=("a\0b",))),
+        lambda: stub.CreateExperiment(pb.CreateExperimentRequest(repository="relative")),
+        lambda: stub.Checkout(
+            pb.CheckoutRequest(target=project.target("latest"), output_directory=b"x")
+        ).next(),
+        lambda: stub.Mount(pb.MountRequest(target=project.target("latest"), directory=b"x")),
+        lambda: stub.Unmount(pb.UnmountRequest()),
+        lambda: stub.WaitStored(pb.WaitStoredRequest(ids=["zz"])),
+        lambda: list(
+            stub.ListExperiments(pb.ListExperimentsRequest(repository=project.repository, filters=["("]))
+        ),
+    ]
+    for request in requests:
+        assert isinstance(error_of(request), errors.ReplicateError)
+    assert project.daemon.answers()
+
+
+def test_a_message_that_is_too_large_is_refused(project):
+    with pytest.raises(grpc.RpcError) as caught:
+        project.daemon.stub.WaitStored(pb.WaitStoredRequest(ids=["x" * (5 << 20)]))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert project.daemon.answers()
+
+
+def test_random_bytes_on_the_socket_do_no_harm(project):
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(project.daemon.home / "run" / "replicated.sock"))
+        client.sendall(os.urandom(4096))
+    assert project.daemon.answers()
+
+
+def test_checkout_over_the_wire_streams_progress_and_honours_force(project, error_of, tmp_path):
+    project.write("a/b", b"hello")
+    experiment = project.init(".")
+    project.flush()
+    out = tmp_path / "out"
+
+    def checkout(**options):
+        request = pb.CheckoutRequest(
+            target=project.target(experiment.id), output_directory=os.fsencode(out), **options
+        )
+        return list(project.daemon.stub.Checkout(request))
+
+    events = checkout()
+    assert (events[0].files_total, events[0].bytes_total) == (1, 5)
+    assert (out / "a/b").read_bytes() == b"hello"
+    (out / "a/b").write_bytes(b"changed")
+    assert isinstance(error_of(checkout), errors.CheckoutConflict)
+    actions = [action for event in checkout(dry_run=True) for action in event.actions]
+    assert [(a.verb, a.path) for a in actions if a.verb == "replace"] == [("replace", b"a/b")]
+    assert (out / "a/b").read_bytes() == b"changed"
+    checkout(force=True)
+    assert (out / "a/b").read_bytes() == b"hello"
+
+
+def test_differences_of_files_come_over_the_wire(project):
+    project.write("same")
+    project.write("changed", b"1")
+    first = project.init(".")
+    project.write("changed", b"2")
+    project.write("added")
+    second = project.init(".")
+    project.flush()
+    request = pb.DiffFilesRequest(left=project.target(first.id), right=project.target(second.id))
+    changes = [c for batch in project.daemon.stub.DiffFiles(request) for c in batch.changes]
+    assert [(c.left.path, c.right.path) for c in changes] == [(b"", b"added"), (b"changed", b"changed")]
+
+
+def test_the_repository_is_probed(project):
+    reply = project.daemon.stub.ProbeRepository(pb.ProbeRequest(repository=project.repository))
+    assert [(s.name, s.ok) for s in reply.steps] == [("repository", True)]
+    assert "does not exist yet" in reply.steps[0].detail
+    project.init()
+    reply = project.daemon.stub.ProbeRepository(pb.ProbeRequest(repository=project.repository))
+    assert len(reply.steps) == 4
+    assert all(step.ok for step in reply.steps)

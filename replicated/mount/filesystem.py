@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from replicate.errors import RepositoryDamaged
 
 if TYPE_CHECKING:
-    from replicated.tree import FileReader, Node
+    from replicated.tree import Node
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,6 +48,14 @@ _TYPE_BITS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "symlink": stat.S
 _PERMISSION_BITS = 0o777
 
 
+class Reader(Protocol):
+    """Reads one file; may be used from several threads."""
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """The bytes from `offset`, fewer than `length` only at the end of the file."""
+        ...
+
+
 class Source(Protocol):
     """What a file system serves. Its methods may be called from many threads at once."""
 
@@ -60,7 +68,7 @@ class Source(Protocol):
         """The entries of a directory by name, sorted by name."""
         ...
 
-    def reader(self, node: Node) -> FileReader:
+    def reader(self, node: Node) -> Reader:
         """Something that reads the bytes of a file and verifies them."""
         ...
 
@@ -122,10 +130,10 @@ class _Directory:
     """A directory that was visited, and the numbers of what is in it: `first` plus the slot.
 
     `seen` is there for a directory that can change: the slot of each (name, hash) that it ever had,
-    so that what replaces an entry under the same name is another object.
+    so that what replaces an entry under the same name is another object. `listing` is its last one.
     """
 
-    __slots__ = ("first", "inode", "node", "parent", "seen")
+    __slots__ = ("first", "inode", "listing", "node", "parent", "seen")
 
     def __init__(self, inode: int, parent: int, node: Node, changing: bool) -> None:
         self.inode = inode
@@ -133,12 +141,13 @@ class _Directory:
         self.node = node
         self.first = 0
         self.seen: dict[tuple[bytes, bytes], int] | None = {} if changing else None
+        self.listing: _Listing | None = None
 
 
 class _OpenFile(NamedTuple):
     inode: int
     size: int
-    reader: FileReader
+    reader: Reader
 
 
 class Filesystem:
@@ -320,10 +329,12 @@ class Filesystem:
     def _changing_listing(self, directory: _Directory, seen: dict[tuple[bytes, bytes], int]) -> _Listing:
         nodes = self._source.children(directory.node)
         with self._lock:
-            self._number(directory, _CHANGING_RANGE)
-            for name, node in nodes.items():
-                seen.setdefault((name, node.hash), len(seen))
-            return _Listing([name for name, _ in seen], nodes)
+            if directory.listing is None or directory.listing.nodes is not nodes:
+                self._number(directory, _CHANGING_RANGE)
+                for name, node in nodes.items():
+                    seen.setdefault((name, node.hash), len(seen))
+                directory.listing = _Listing([name for name, _ in seen], nodes)
+            return directory.listing
 
     def _number(self, directory: _Directory, count: int) -> None:
         """Set `count` numbers aside for the entries of a directory, once; the lock is held."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from replicate.errors import ReplicateError
 from replicate.ids import SnapshotId, short
+from replicated.catalog import Catalog
 from replicated.mount.filesystem import Filesystem, Usage
 from replicated.mount.mountinfo import find_mounted
 from replicated.mount.registry import (
@@ -26,6 +27,7 @@ from replicated.mount.registry import (
     remove_registration,
     write_registration,
 )
+from replicated.mount.repository_view import RepositoryView
 from replicated.processes import identify
 from replicated.repository import Repository
 from replicated.tree import open_tree
@@ -58,9 +60,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cache", required=True, type=Path, help="directory of the user's caches")
     parser.add_argument("--register", required=True, type=Path, help="directory of the register")
     parser.add_argument("--name", required=True, help="name in the register")
-    parser.add_argument("--experiment", required=True, metavar="ID")
+    parser.add_argument("--experiment", default="", metavar="ID")
     parser.add_argument("--checkpoint", default="", metavar="ID")
-    parser.add_argument("--snapshot", action="append", required=True, metavar="ID")
+    parser.add_argument(
+        "--snapshot", action="append", metavar="ID", help="repeatable; none: the whole repository"
+    )
     parser.add_argument("--directory", required=True, help="mount point: absolute, without links")
     parser.add_argument("--made-directory", action="store_true", help="remove the mount point after")
     parser.add_argument("--log", type=Path, help="where messages go once it is mounted")
@@ -89,13 +93,13 @@ def _serve(options: argparse.Namespace) -> None:
             process=process,
             made_directory=options.made_directory,
         )
-        filesystem = _open_filesystem(repository, [SnapshotId(s) for s in options.snapshot])
+        filesystem = _open_filesystem(repository, options)
         write_registration(options.register, registration)
         try:
             fusepy_engine.serve(
                 filesystem,
                 directory,
-                source_name=f"replicate:{short(shown_id)}",
+                source_name=f"replicate:{short(shown_id or repository.id)}",
                 on_mounted=lambda: _announce(directory, options.log),
             )
         finally:
@@ -107,7 +111,12 @@ def _serve(options: argparse.Namespace) -> None:
         repository.close()
 
 
-def _open_filesystem(repository: Repository, snapshot_ids: Sequence[SnapshotId]) -> Filesystem:
+def _open_filesystem(repository: Repository, options: argparse.Namespace) -> Filesystem:
+    if not options.snapshot:
+        # Not the daemon's: a catalog has one process that brings it up to date.
+        view = RepositoryView(repository, Catalog(repository, options.cache / "mount-catalogs"))
+        return Filesystem(view, changing=view.can_change)
+    snapshot_ids = [SnapshotId(identifier) for identifier in options.snapshot]
     roots = [repository.load_snapshot(snapshot_id).root for snapshot_id in snapshot_ids]
     # What one snapshot lays over another is counted twice: good enough for `df`.
     usage = Usage(

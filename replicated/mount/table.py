@@ -66,8 +66,9 @@ class MountTable:
     ) -> MountInfo:
         """Mount snapshots, later ones laid over earlier ones, on a directory; returns when it is usable.
 
-        The directory must be empty, or absent with its parent there: then it is made, and removed at
-        the end. `repository` is an absolute URL, `checkpoint_id` is empty for the files of an experiment
+        Without snapshots (and with empty ids) it is the whole repository, as `RepositoryView` shows it.
+        The directory must be empty, or absent with its parent there: then it is made, and removed at the
+        end. `repository` is an absolute URL, `checkpoint_id` is empty for the files of an experiment
         alone. Raises `MountFailed` saying what is in the way.
         """
         for finding in check_fuse():
@@ -86,7 +87,7 @@ class MountTable:
                 f"--cache={self._home.cache}",
                 f"--register={self._home.mounts}",
                 f"--log={self._home.logs / _LOG_NAME}",
-                f"--name={short(checkpoint_id or experiment_id)}-{new_id()[:8]}",
+                f"--name={short(checkpoint_id or experiment_id) or 'all'}-{new_id()[:8]}",
                 f"--experiment={experiment_id}",
                 f"--checkpoint={checkpoint_id}",
                 *(f"--snapshot={snapshot_id}" for snapshot_id in snapshot_ids),

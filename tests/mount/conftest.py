@@ -24,19 +24,19 @@ class Snapshots:
         self.directory = directory
         self.url = f"file://{directory}"
         self._memory_tree = memory_tree
-        self._repository = Repository.open(self.url, cache=cache, create=True)
+        self.repository = Repository.open(self.url, cache=cache, create=True)
 
-    def add(self, content):
+    def add(self, content, identifier=None):
         """The id of a new snapshot, and the tree that it holds."""
         tree = self._memory_tree(content)
-        with self._repository.writer() as writer:
+        with self.repository.writer() as writer:
             root = writer.add_tree(
                 [TreeEntry(b"", "directory", tree.root.mode, tree.root.mtime_ns)]
                 + [self._entry(writer, tree, path, node) for path, node in tree.walk()]
             )
             writer.finish()
-        identifier = new_id()
-        self._repository.put_snapshot(Snapshot(identifier, root))
+        identifier = identifier or new_id()
+        self.repository.put_snapshot(Snapshot(identifier, root))
         return identifier, tree
 
     def _entry(self, writer, tree, path, node):
@@ -44,7 +44,7 @@ class Snapshots:
         return TreeEntry(path, node.type, node.mode, node.mtime_ns, content, node.target)
 
     def close(self):
-        self._repository.close()
+        self.repository.close()
 
 
 @pytest.fixture

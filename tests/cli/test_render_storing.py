@@ -135,6 +135,10 @@ def test_disk_usage_says_what_saved_space(view):
     )
 
 
+def test_the_last_row_is_the_repository_when_only_some_experiments_are_shown(view):
+    assert "\nrepository      1,234" in render_disk_usage(REPORT, view, chosen=True)
+
+
 def test_disk_usage_json_has_the_total_at_the_top():
     data = disk_usage_json(REPORT)
     assert (data["logical_bytes"], data["unique_bytes"], data["stored_bytes"]) == (4096, 2048, 1536)

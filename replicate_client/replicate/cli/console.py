@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ class Console:
         """
         opening = "[\n"
         for item in items:
-            self._out.write(opening + to_json(item))
+            self._out.write(opening + textwrap.indent(to_json(item), "  "))
             opening = ",\n"
         self._out.write("[]\n" if opening == "[\n" else "\n]\n")
 

@@ -181,7 +181,7 @@ def check_repository(project: ProjectConfig) -> list[Finding]:
     from replicate import query
 
     return [
-        Finding(f"Repository: {step.name}", "ok" if step.ok else "fail", step.detail, step.hint)
+        Finding(step.name.capitalize(), "ok" if step.ok else "fail", step.detail, step.hint)
         for step in query.probe_repository(project.repository)
     ]
 

@@ -75,7 +75,8 @@ def ls(session: Session, /, filters: tuple[str, ...], **options: Any) -> None:
     a metric of the best checkpoint, or created, step, status, user, host, command, name or tag. `and`, `or`,
     `not` and parentheses combine them.
     """
-    _list(session, filters, none_found="no experiments", **options)
+    found_none = "No experiment matches" if filters else "There are no experiments"
+    _list(session, filters, found_none, **options)
 
 
 @click.command(cls=Command)
@@ -91,14 +92,15 @@ def ps(session: Session, /, filters: tuple[str, ...], **options: Any) -> None:
       replicate ps
       replicate ps -f 'host = gpu1' --json
     """
-    _list(session, ("status = running", *filters), none_found="no running experiments", **options)
+    found_none = "No running experiment matches" if filters else "There are no running experiments"
+    _list(session, ("status = running", *filters), found_none, **options)
 
 
 def _list(
     session: Session,
     filters: Sequence[str],
+    found_none: str,
     *,
-    none_found: str,
     sort: str,
     limit: int | None,
     everything: bool,
@@ -122,7 +124,7 @@ def _list(
     elif summaries:
         console.write(render_experiments(summaries, console.view, everything=everything))
     else:
-        console.note(f"There are {none_found} in {escape(session.project.repository)}")
+        console.note(f"{found_none} in {escape(session.project.repository)}")
 
 
 def _query(session: Session, filters: Sequence[str], sort: str, limit: int | None) -> list[ExperimentSummary]:

@@ -36,11 +36,13 @@ def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: b
 
     Files are fetched when they are read, so a mount of any size is there at once. Returns when the mount
     can be used. Of an experiment, the best checkpoint is mounted, else the latest, laid over the files that
-    it began with, as `replicate checkout` does.
+    it began with, as `replicate checkout` does. Without an ID, the whole repository is mounted, with
+    directories by experiment, name and tag.
 
     \b
     Examples:
       mkdir /tmp/best && replicate mount 3f9c2a1:best /tmp/best
+      replicate mount /mnt/runs && ls /mnt/runs/experiments
       replicate mount latest /mnt --foreground
     """
     if len(where) > 2:
@@ -59,7 +61,8 @@ def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: b
             console.flush()
         else:
             shown = escape(mounted.directory)
-            console.note(f"Mounted {_describe(mounted)} on {shown} (end with `replicate umount {shown}`)")
+            end = "Ctrl-C ends it" if foreground else f"`replicate umount {shown}` ends it"
+            console.note(f"Mounted {_describe(mounted)} on {shown} ({end})")
         if foreground:
             _wait_for_end(session, mounted)
 

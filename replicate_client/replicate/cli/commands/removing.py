@@ -48,8 +48,8 @@ def rm(session: Session, references: tuple[str, ...], force: bool) -> None:
             console.note(f"  {describe_item(item)}")
         if not console.can_ask:
             raise ReplicateError(
-                f"not removed without being asked to: {plural(len(items), 'item')}",
-                hint="give -f/--force to remove without a question",
+                "nothing was removed: there is no terminal to ask on",
+                hint="-f/--force removes without asking",
             )
         if not console.confirm(f"Remove {'this' if len(items) == 1 else 'these'}?"):
             raise ReplicateError("nothing was removed")

@@ -108,7 +108,8 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
     """Show how much space experiments take.
 
     LOGICAL is what was saved, UNIQUE what is left when equal pieces are counted once, STORED what lies in
-    the repository after compression. What experiments share is counted for each, but once in the total.
+    the repository after compression. What experiments share is counted for each, but once in the last row,
+    which is the whole repository.
 
     \b
     Examples:
@@ -128,7 +129,7 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         console.write_json(disk_usage_json(report))
     elif report.experiments:
-        console.write(render_disk_usage(report, console.view))
+        console.write(render_disk_usage(report, console.view, chosen=bool(references)))
     else:
         console.note(f"There are no experiments in {escape(project.repository)} ({format_size(0)})")
 

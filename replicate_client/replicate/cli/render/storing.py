@@ -97,15 +97,18 @@ def status_json(status: DaemonStatus) -> dict[str, Json]:
     }
 
 
-def render_disk_usage(report: DiskUsageReport, view: View) -> str:
-    """A row an experiment, the total, and what saved the difference."""
+def render_disk_usage(report: DiskUsageReport, view: View, *, chosen: bool = False) -> str:
+    """A row an experiment, the whole repository, and what saved the difference.
+
+    `chosen`: the rows are not all experiments, so that they do not add up to the last.
+    """
     columns = [
         Column("EXPERIMENT"),
         *(Column(heading, right=True) for heading in ("SNAPSHOTS", "LOGICAL", "UNIQUE", "STORED")),
     ]
     rows = [_usage_row(Cell(short(usage.id), "cyan"), usage) for usage in report.experiments]
     total = report.total
-    rows.append(_usage_row(Cell("total", "bold"), total))
+    rows.append(_usage_row(Cell("repository" if chosen else "total", "bold"), total))
     saved = [
         f"{words} saved {format_size(before - after)} ({(before - after) / before:.0%})"
         for words, before, after in (

@@ -322,10 +322,8 @@ class _Servicer(pb_grpc.DaemonServicer):
         repository, reference = _target(request.target)
         directory = _directory(request.directory)
         if not reference:
-            raise InvalidArgument(
-                "the whole repository cannot be mounted in this version",
-                hint="replicate mount ID DIR mounts an experiment or a checkpoint",
-            )
+            self._services.repositories.get(repository)  # tells what is wrong with it better than a mount
+            return _encode_mount(self._services.mounts.mount(repository, "", "", (), directory))
         opened = self._services.browser.open(repository, reference)
         checkpoint = opened.resolution.checkpoint
         return _encode_mount(

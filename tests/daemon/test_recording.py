@@ -436,3 +436,26 @@ def test_the_repository_is_probed(project):
     reply = project.daemon.stub.ProbeRepository(pb.ProbeRequest(repository=project.repository))
     assert len(reply.steps) == 4
     assert all(step.ok for step in reply.steps)
+
+
+def test_a_checkpoint_and_the_whole_repository_are_mounted_listed_and_unmounted(project, tmp_path):
+    stub = project.daemon.stub
+    project.write("train.py", b"code")
+    project.write("model.pt", b"weights")
+    experiment = project.init("train.py", name="baseline")
+    checkpoint = project.checkpoint(experiment, "model.pt", metrics={"loss": 1.0})
+    project.flush()
+    one, everything = tmp_path / "one", tmp_path / "everything"
+    try:
+        info = stub.Mount(pb.MountRequest(target=project.target(experiment.id), directory=os.fsencode(one)))
+        assert info.id == checkpoint.id
+        assert (one / "train.py").read_bytes() + (one / "model.pt").read_bytes() == b"codeweights"
+        stub.Mount(pb.MountRequest(target=project.target(""), directory=os.fsencode(everything)))
+        assert (everything / "experiments" / experiment.id / "best" / "model.pt").read_bytes() == b"weights"
+        assert (everything / "by-name/baseline/code/train.py").read_bytes() == b"code"
+        assert len(stub.ListMounts(pb.ListMountsRequest()).mounts) == 2
+        assert stub.GetStatus(pb.GetStatusRequest()).mounts == 2
+    finally:
+        ended = stub.Unmount(pb.UnmountRequest(all=True)).mounts
+    assert len(ended) == 2
+    assert not one.exists()

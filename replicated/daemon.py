@@ -121,7 +121,8 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event) -> _Idleness:
     stack.callback(experiments.close)
     host = socket.gethostname()
     watcher = RunWatcher(
-        on_gone=lambda run: intake.process_gone(run), on_beat=lambda run: intake.beat(run, host)
+        on_gone=lambda run, status: intake.process_gone(run, status),
+        on_beat=lambda run: intake.beat(run, host),
     )
     intake = Intake(
         journal,
@@ -129,6 +130,7 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event) -> _Idleness:
         repositories,
         wake=jobs.wake,
         watch=watcher.watch,
+        watch_exit=lambda run: watcher.watch(run, is_exiting=True),
         forget=watcher.forget,
     )
     mounts = MountTable(home)

@@ -54,6 +54,7 @@ class Intake:
         *,
         wake: Callable[[str], None],
         watch: Callable[[Run], None],
+        watch_exit: Callable[[Run], None],
         forget: Callable[[str], None],
     ) -> None:
         self._journal = journal
@@ -61,6 +62,7 @@ class Intake:
         self._repositories = repositories
         self._wake = wake
         self._watch = watch
+        self._watch_exit = watch_exit
         self._forget = forget
         self._lock = threading.Lock()
         #: Ids being accepted; guarded by the lock. The condition tells that one has left.
@@ -126,11 +128,20 @@ class Intake:
                 raise
 
     def end_experiment(
-        self, repository: str, experiment_id: ExperimentId, status: EndStatus, ended: datetime
+        self,
+        repository: str,
+        experiment_id: ExperimentId,
+        status: EndStatus,
+        ended: datetime,
+        *,
+        is_exiting: bool = False,
     ) -> None:
-        """Record how a run ended."""
-        self._journal.end_run(experiment_id)
-        self._forget(experiment_id)
+        """Record how a run ended; with `is_exiting`, its exit status may still make that `failed`."""
+        run = self._journal.end_run(experiment_id)
+        if run is not None and is_exiting and status == "stopped":
+            self._watch_exit(run)
+        else:
+            self._forget(experiment_id)
         self._add_edit(repository, experiment_id, EndEdit(status, ended))
 
     def resume_experiment(
@@ -141,9 +152,12 @@ class Intake:
         self._begin_run(Run(experiment_id, repository, process))
         self._add_edit(repository, experiment_id, ResumeEdit(at))
 
-    def process_gone(self, run: Run) -> None:
-        """Record that a training process ended without a word; called by the watcher."""
-        if self._journal.end_run(run.experiment_id):
+    def process_gone(self, run: Run, exit_status: int | None) -> None:
+        """Record that a training process has ended, if that is news; called by the watcher."""
+        is_news = self._journal.end_run(run.experiment_id) is not None
+        if exit_status is not None and exit_status > 0:
+            self._add_edit(run.repository, run.experiment_id, EndEdit("failed", utc_now()))
+        elif is_news:
             self._add_edit(run.repository, run.experiment_id, EndEdit("killed", utc_now()))
 
     def beat(self, run: Run, host: str) -> None:

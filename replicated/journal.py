@@ -112,6 +112,9 @@ _COLUMNS = (
 )
 
 
+_RUN_COLUMNS = "experiment_id, repository, pid, start_ticks, boot_id"
+
+
 class Journal:
     """The state database; see the module's text."""
 
@@ -223,19 +226,20 @@ class Journal:
                 (run.experiment_id, run.repository, process.pid, process.start_ticks, process.boot_id),
             )
 
-    def end_run(self, experiment_id: str) -> bool:
-        """Forget a run; whether it was there (so that of two who end it only one does)."""
+    def end_run(self, experiment_id: str) -> Run | None:
+        """Forget a run; what it was, to one of those who end it at the same time, None to the others."""
         with self._lock, self._connection:
-            cursor = self._connection.execute("DELETE FROM runs WHERE experiment_id = ?", (experiment_id,))
-            return cursor.rowcount > 0
+            row = self._connection.execute(
+                f"SELECT {_RUN_COLUMNS} FROM runs WHERE experiment_id = ?", (experiment_id,)
+            ).fetchone()
+            self._connection.execute("DELETE FROM runs WHERE experiment_id = ?", (experiment_id,))
+        return None if row is None else _run(row)
 
     def runs(self) -> list[Run]:
         """The runs that have not ended."""
         with self._lock:
-            rows = self._connection.execute(
-                "SELECT experiment_id, repository, pid, start_ticks, boot_id FROM runs"
-            ).fetchall()
-        return [Run(ExperimentId(row[0]), row[1], ProcessIdentity(row[2], row[3], row[4])) for row in rows]
+            rows = self._connection.execute(f"SELECT {_RUN_COLUMNS} FROM runs").fetchall()
+        return [_run(row) for row in rows]
 
     def _select(self, where: str, values: Sequence[str] = ()) -> list[Job]:
         with self._lock:
@@ -248,3 +252,7 @@ def _job(row: sqlite3.Row | tuple[object, ...]) -> Job:
     values[6] = bool(values[6])
     values[9] = bool(values[9])
     return Job(*values)
+
+
+def _run(row: tuple[str, str, int, int, str]) -> Run:
+    return Run(ExperimentId(row[0]), row[1], ProcessIdentity(row[2], row[3], row[4]))

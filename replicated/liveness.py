@@ -1,9 +1,9 @@
 """Watches the training processes of this machine: who is gone is noticed at once, who lives shows it.
 
-One thread waits on a pidfd for each run and calls `on_gone` when its process ends without having said
-so; between, it calls `on_beat` for every live run at a steady interval, which writes the heartbeat that
-other machines see. Which runs exist is the journal's knowledge; this module only holds descriptors,
-which its thread alone touches: other threads post what they want.
+One thread waits on a pidfd for each run and calls `on_gone` when its process has ended; between, it calls
+`on_beat` for every live run at a steady interval, which writes the heartbeat that other machines see.
+Which runs exist is the journal's knowledge; this module only holds descriptors, which its thread alone
+touches: other threads post what they want.
 """
 
 from __future__ import annotations
@@ -15,28 +15,48 @@ import queue
 import selectors
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from replicate.ids import short
 from replicated.journal import Run
-from replicated.processes import open_pidfd
+from replicated.processes import exit_status, open_pidfd
 
 #: Heartbeats are for readers on other machines; on this one the pidfd tells at once.
 HEARTBEAT_INTERVAL_S = 10.0
+#: The kernel tells an exit status when the parent has taken note of the end, usually at once.
+REAP_PATIENCE_S = 1.0
+_REAP_POLL_S = 0.01
 
 _log = logging.getLogger(__name__)
 
 
-class RunWatcher:
-    """Owner of the watching thread. Every method may be called from any thread."""
+@dataclass(slots=True)
+class _Watch:
+    run: Run
+    descriptor: int
+    #: Has said that it ends: no more heartbeats, only its exit status is of interest.
+    is_exiting: bool
+    #: When to stop waiting for the exit status of a process that has ended; None while it lives.
+    patience_ends: float | None = None
 
-    def __init__(self, on_gone: Callable[[Run], None], on_beat: Callable[[Run], None]) -> None:
+
+class RunWatcher:
+    """Owner of the watching thread. Every method may be called from any thread.
+
+    `on_gone(run, status)` gets the exit code, minus a signal, or None when the kernel does not tell.
+    """
+
+    def __init__(self, on_gone: Callable[[Run, int | None], None], on_beat: Callable[[Run], None]) -> None:
         self._on_gone = on_gone
         self._on_beat = on_beat
-        #: Runs to watch, ids to forget, None to stop.
-        self._posts: queue.SimpleQueue[Run | str | None] = queue.SimpleQueue()
+        #: (run, whether it is exiting) to watch, an id to forget, None to stop.
+        self._posts: queue.SimpleQueue[tuple[Run, bool] | str | None] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._loop, name="liveness", daemon=True)
+        # The thread's own.
+        self._watches: dict[str, _Watch] = {}
+        self._selector = selectors.DefaultSelector()
 
     def start(self) -> None:
         """Begin to watch; call once."""
@@ -49,72 +69,92 @@ class RunWatcher:
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 
-    def watch(self, run: Run) -> None:
-        """Watch a run; one that is watched already is watched in its new process instead."""
-        self._post(run)
+    def watch(self, run: Run, *, is_exiting: bool = False) -> None:
+        """Watch a run; one that is watched already is watched in this way instead."""
+        self._post((run, is_exiting))
 
     def forget(self, experiment_id: str) -> None:
         """Stop watching a run that has ended."""
         self._post(experiment_id)
 
-    def _post(self, post: Run | str | None) -> None:
+    def _post(self, post: tuple[Run, bool] | str | None) -> None:
         self._posts.put(post)
         with contextlib.suppress(BlockingIOError):  # full of wake-ups already
             os.write(self._wake_writer, b"\0")
 
     def _loop(self) -> None:
-        runs: dict[str, tuple[Run, int]] = {}
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_reader, selectors.EVENT_READ)
-            next_beat = time.monotonic() + HEARTBEAT_INTERVAL_S
-            while True:
-                ready = selector.select(max(0.0, next_beat - time.monotonic()))
-                gone = [key.data for key, _ in ready if key.data is not None]
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake_reader, 4096)
-                while not self._posts.empty():
-                    post = self._posts.get()
-                    if post is None:
-                        for _, descriptor in runs.values():
-                            os.close(descriptor)
-                        return
-                    identifier = post if isinstance(post, str) else post.experiment_id
-                    self._drop(runs, selector, identifier)
-                    if isinstance(post, Run) and not self._add(runs, selector, post):
-                        gone.append(post.experiment_id)
-                        runs[post.experiment_id] = post, -1
-                for identifier in gone:
-                    known = self._drop(runs, selector, identifier)
-                    if known is not None:
-                        self._guard(self._on_gone, known)
-                if time.monotonic() >= next_beat:
-                    next_beat = time.monotonic() + HEARTBEAT_INTERVAL_S
-                    for run, _ in runs.values():
-                        self._guard(self._on_beat, run)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        next_beat = time.monotonic() + HEARTBEAT_INTERVAL_S
+        while self._take_posts():
+            self._settle_ended()
+            now = time.monotonic()
+            if now >= next_beat:
+                next_beat = now + HEARTBEAT_INTERVAL_S
+                for watch in list(self._watches.values()):
+                    self._beat(watch)
+            waiting = any(watch.patience_ends is not None for watch in self._watches.values())
+            ready = self._selector.select(_REAP_POLL_S if waiting else max(0.0, next_beat - now))
+            for key, _ in ready:
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_reader, 4096)
+                else:
+                    self._selector.unregister(key.fd)
+                    self._watches[key.data].patience_ends = time.monotonic() + REAP_PATIENCE_S
+        for watch in self._watches.values():
+            os.close(watch.descriptor)
+        self._selector.close()
 
-    def _add(self, runs: dict[str, tuple[Run, int]], selector: selectors.DefaultSelector, run: Run) -> bool:
-        """Whether the process of a run is alive and from now on watched."""
-        descriptor = open_pidfd(run.process)
-        if descriptor is None:
-            return False
-        selector.register(descriptor, selectors.EVENT_READ, run.experiment_id)
-        runs[run.experiment_id] = run, descriptor
-        self._guard(self._on_beat, run)
+    def _take_posts(self) -> bool:
+        """Do what was posted; False when the thread is to end."""
+        while not self._posts.empty():
+            post = self._posts.get()
+            if post is None:
+                return False
+            if isinstance(post, str):
+                self._drop(post)
+                continue
+            run, is_exiting = post
+            self._drop(run.experiment_id)
+            descriptor = open_pidfd(run.process)
+            if descriptor is None:
+                self._tell_gone(run, None)
+                continue
+            watch = self._watches[run.experiment_id] = _Watch(run, descriptor, is_exiting)
+            self._selector.register(descriptor, selectors.EVENT_READ, run.experiment_id)
+            self._beat(watch)
         return True
 
-    @staticmethod
-    def _drop(
-        runs: dict[str, tuple[Run, int]], selector: selectors.DefaultSelector, identifier: str
-    ) -> Run | None:
-        run, descriptor = runs.pop(identifier, (None, -1))
-        if descriptor >= 0:
-            selector.unregister(descriptor)
-            os.close(descriptor)
-        return run
+    def _settle_ended(self) -> None:
+        """Tell of the processes that have ended, once their exit status is known or not to be had."""
+        for watch in list(self._watches.values()):
+            if watch.patience_ends is None:
+                continue
+            status = exit_status(watch.descriptor)
+            if status is not None or time.monotonic() >= watch.patience_ends:
+                self._drop(watch.run.experiment_id)
+                self._tell_gone(watch.run, status)
 
-    @staticmethod
-    def _guard(callback: Callable[[Run], None], run: Run) -> None:
-        try:
-            callback(run)
-        except Exception:
-            _log.exception("run %s", short(run.experiment_id))
+    def _drop(self, experiment_id: str) -> None:
+        watch = self._watches.pop(experiment_id, None)
+        if watch is not None:
+            if watch.patience_ends is None:
+                self._selector.unregister(watch.descriptor)
+            os.close(watch.descriptor)
+
+    def _beat(self, watch: _Watch) -> None:
+        if not watch.is_exiting and watch.patience_ends is None:
+            with _logged(watch.run):
+                self._on_beat(watch.run)
+
+    def _tell_gone(self, run: Run, status: int | None) -> None:
+        with _logged(run):
+            self._on_gone(run, status)
+
+
+@contextlib.contextmanager
+def _logged(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        _log.exception("run %s", short(run.experiment_id))

@@ -84,6 +84,7 @@ class Packer:
 
     def finish(self) -> None:
         """Upload everything, list it in an index object, and end; raises what failed meanwhile."""
+        self._raise_failure()
         with self._builders_lock:
             builders = [self._builders.pop(kind) for kind in (DATA_PACK, TREE_PACK) if kind in self._builders]
         for builder in builders:

@@ -5,10 +5,18 @@ A pid alone is reused, so a process is a pid, its start time and the boot it bel
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
+import struct
 
 from replicate.records import ProcessIdentity
+
+#: ioctl PIDFD_GET_INFO of Linux 6.13 and its struct: mask, cgroup, eleven ids, exit status.
+_PIDFD_GET_INFO = 0xC040FF0B
+_PIDFD_INFO = struct.Struct("=QQ11Ii")
+#: Exit statuses are told since Linux 6.15.
+_PIDFD_INFO_EXIT = 1 << 3
 
 
 @functools.cache
@@ -56,3 +64,17 @@ def open_pidfd(process: ProcessIdentity) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def exit_status(pidfd: int) -> int | None:
+    """How a process ended: its exit code, or minus the signal that killed it.
+
+    None while its parent has not taken note of its end, and always on kernels that do not tell.
+    """
+    answer = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0, *([0] * 11), 0))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, answer)
+    except OSError:
+        return None
+    mask, *_, status = _PIDFD_INFO.unpack(answer)
+    return os.waitstatus_to_exitcode(status) if mask & _PIDFD_INFO_EXIT else None

@@ -209,7 +209,9 @@ class _Servicer(pb_grpc.DaemonServicer):
         identifier = _experiment_id(request.experiment_id)
         status = wire.decode_end_status(request.status)
         ended = wire.decode_time(request.ended_ns)
-        self._services.intake.end_experiment(_repository(request.repository), identifier, status, ended)
+        self._services.intake.end_experiment(
+            _repository(request.repository), identifier, status, ended, is_exiting=request.is_exiting
+        )
         jobs = [job for job in self._services.journal.of_experiment(identifier) if job.has_files]
         pending = [job for job in jobs if job.state == "captured"]
         return pb.EndExperimentReply(

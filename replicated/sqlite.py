@@ -63,21 +63,19 @@ def open_database(
 def _check_identity(
     connection: sqlite3.Connection, path: Path, application_id: int, user_version: int
 ) -> None:
-    found_application, found_version = _read_identity(connection)
-    if found_application == 0 and found_version == 0 and _is_empty(connection):
+    # In one transaction, because another process may be making the database at this moment.
+    connection.execute("BEGIN")
+    with connection:
+        is_empty = _is_empty(connection)
+        (found_application,) = connection.execute("PRAGMA application_id").fetchone()
+        (found_version,) = connection.execute("PRAGMA user_version").fetchone()
+    if is_empty and found_application == 0 and found_version == 0:
         return
     if found_application != application_id:
         raise DatabaseUnusable(path, f"it belongs to another application: {found_application:#010x}")
     if found_version != user_version:
         age = "a newer" if found_version > user_version else "an older"
         raise DatabaseUnusable(path, f"it was written by {age} version: {found_version}")
-
-
-def _read_identity(connection: sqlite3.Connection) -> tuple[int, int]:
-    return (
-        connection.execute("PRAGMA application_id").fetchone()[0],
-        connection.execute("PRAGMA user_version").fetchone()[0],
-    )
 
 
 def _is_empty(connection: sqlite3.Connection) -> bool:

@@ -147,13 +147,14 @@ class Project:
         )
         return self.daemon.stub.CreateCheckpoint(request)
 
-    def end(self, experiment, status="stopped"):
+    def end(self, experiment, status="stopped", is_exiting=False):
         return self.daemon.stub.EndExperiment(
             pb.EndExperimentRequest(
                 repository=self.repository,
                 experiment_id=experiment.id,
                 status=status,
                 ended_ns=wire.encode_time(utc_now()),
+                is_exiting=is_exiting,
             )
         )
 

@@ -15,7 +15,16 @@ from replicate import errors
 from replicate._pb import daemon_pb2 as pb
 from replicate.ids import new_id
 from replicate.records import ProcessIdentity
-from replicated.processes import current_boot_id, identify
+from replicated.processes import current_boot_id, exit_status, identify
+
+
+def kernel_tells_exit_status() -> bool:
+    with subprocess.Popen(["true"]) as process:
+        descriptor = os.pidfd_open(process.pid)
+        process.wait()
+    told = exit_status(descriptor) is not None
+    os.close(descriptor)
+    return told
 
 
 def sleeper():
@@ -212,6 +221,23 @@ def test_a_process_that_dies_while_no_daemon_runs_is_noticed_by_the_next(project
         process.kill()
     project.daemon.start()
     wait_until(lambda: project.list()[0].status == "killed", "the run counts as killed")
+
+
+@pytest.mark.skipif(not kernel_tells_exit_status(), reason="the kernel does not tell exit statuses")
+@pytest.mark.parametrize(
+    ("code", "says_stopped", "status"),
+    [(3, False, "failed"), (3, True, "failed"), (0, True, "stopped"), (0, False, "killed")],
+)
+def test_an_exit_status_other_than_zero_is_a_failure(project, wait_until, code, says_stopped, status):
+    script = f"import sys; sys.stdin.read(); sys.exit({code})"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
+        experiment = project.init(process=identify(process.pid))
+        if says_stopped:
+            project.end(experiment, is_exiting=True)
+            assert project.list()[0].status == "stopped"
+        process.stdin.close()
+        process.wait()
+    wait_until(lambda: project.list()[0].status == status, f"the run counts as {status}")
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])

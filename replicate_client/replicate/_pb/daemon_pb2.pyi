@@ -276,16 +276,18 @@ class CaptureReply(_message.Message):
     def __init__(self, file_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ...) -> None: ...
 
 class EndExperimentRequest(_message.Message):
-    __slots__ = ("repository", "experiment_id", "status", "ended_ns")
+    __slots__ = ("repository", "experiment_id", "status", "ended_ns", "is_exiting")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     ENDED_NS_FIELD_NUMBER: _ClassVar[int]
+    IS_EXITING_FIELD_NUMBER: _ClassVar[int]
     repository: str
     experiment_id: str
     status: str
     ended_ns: int
-    def __init__(self, repository: _Optional[str] = ..., experiment_id: _Optional[str] = ..., status: _Optional[str] = ..., ended_ns: _Optional[int] = ...) -> None: ...
+    is_exiting: bool
+    def __init__(self, repository: _Optional[str] = ..., experiment_id: _Optional[str] = ..., status: _Optional[str] = ..., ended_ns: _Optional[int] = ..., is_exiting: bool = ...) -> None: ...
 
 class EndExperimentReply(_message.Message):
     __slots__ = ("pending", "bytes_pending", "failed")

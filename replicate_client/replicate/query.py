@@ -318,22 +318,21 @@ def wait_stored(
     """Wait until the snapshots with these complete ids are stored or failed; without ids, all of them.
 
     An experiment's id stands for its own files and its checkpoints. `on_progress` is called about every
-    second with the status then. Raises `TimeoutError` after `timeout_s`; what failed is in the
-    `failures` of the result and raises nothing here.
+    second with the status then; it counts only what is waited for. Raises `TimeoutError` after
+    `timeout_s`; what failed is in the `failures` of the result and raises nothing here.
     """
     wanted = tuple(ids)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
-        begin = time.monotonic()
-        slice_s = _WAIT_SLICE_S if deadline is None else max(0.0, min(_WAIT_SLICE_S, deadline - begin))
+        left_s = _WAIT_SLICE_S if deadline is None else max(0.0, deadline - time.monotonic())
+        slice_s = min(_WAIT_SLICE_S, left_s)
         request = pb.WaitStoredRequest(ids=wanted, timeout_s=slice_s)
         reply = _decode_status(connection.call("WaitStored", request, pb.StatusReply))
         if on_progress is not None:
             on_progress(reply)
-        # The counts are those of the whole queue; that the daemon did not use up the time says "done".
-        if reply.pending + reply.active == 0 or time.monotonic() - begin < 0.9 * slice_s:
+        if reply.pending + reply.active == 0:
             return reply
-        if deadline is not None and time.monotonic() >= deadline:
+        if left_s == 0:
             raise TimeoutError(f"not everything is stored after {timeout_s:g} s")
 
 

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible, RepositoryUnreachable
 from replicate.ids import SnapshotId
@@ -181,8 +182,6 @@ def test_damaged_index_object_costs_only_what_it_lists(
 def test_index_object_of_a_later_version_stops_everything(
     repository: Repository, open_again: Open, save: Save, load: Load
 ) -> None:
-    from blake3 import blake3  # to make a hash that fits
-
     snapshot = save(repository, {"a": b"x"})
     body = INDEX_HEADER.pack(b"REPLINDX", 2, b"", 0)
     repository.store.put("index/" + "ab" * 32, [body, blake3(body).digest()])

@@ -18,6 +18,7 @@ from replicate.ids import SnapshotId, new_id
 from replicated import packer
 from replicated.chunk.cdc import ChunkerParameters
 from replicated.format import pack
+from replicated.format.listing import parse_index
 from replicated.format.manifest import FileContent, TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.repository import Repository
@@ -144,8 +145,6 @@ def test_packs_come_before_the_index_objects_that_list_them(tmp_path: Path) -> N
 
 
 def parse(repository: Repository, key: str) -> list[pack.PackListing]:
-    from replicated.format.listing import parse_index  # beside its only use
-
     return parse_index(repository.store.get(key))
 
 

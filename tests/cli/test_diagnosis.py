@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from replicate.cli import diagnosis
 from replicate.cli.commands.doctor import render_finding, summarize
 from replicate.cli.diagnosis import (
     Finding,
@@ -13,6 +12,7 @@ from replicate.cli.diagnosis import (
     check_run_directory,
     check_space,
     file_system_type,
+    run_check,
 )
 from replicate.home import Home, find_home
 
@@ -57,7 +57,7 @@ def home(tmp_path):
 def test_a_run_directory_that_lets_others_in_fails(home):
     home.run.mkdir(mode=0o777)
     os.chmod(home.run, 0o777)
-    findings = diagnosis._guard("Run directory", lambda: check_run_directory(home))
+    findings = run_check("Run directory", lambda: check_run_directory(home))
     assert [f.outcome for f in findings] == ["fail"]
     assert "0777" in findings[0].detail and findings[0].hint == f"chmod 700 {home.run}"
 
@@ -105,7 +105,7 @@ def test_a_check_that_the_system_refuses_is_a_finding_and_not_a_crash():
     def refuse():
         raise PermissionError(13, "Permission denied", "/x")
 
-    assert diagnosis._guard("Thing", refuse) == [Finding("Thing", "fail", "Permission denied: /x")]
+    assert run_check("Thing", refuse) == [Finding("Thing", "fail", "Permission denied: /x")]
 
 
 def test_findings_read_well_without_colour(view):

@@ -51,20 +51,30 @@ class Finding:
 
 def diagnose(home: Home, find_project: Callable[[], ProjectConfig]) -> Iterator[Finding]:
     """All findings, in the order in which one would look; each check runs whatever the others found."""
-    yield from _guard("Python", check_python)
-    yield from _guard("Installation", check_name_clash)
-    yield from _guard("Run directory", lambda: check_run_directory(home))
-    yield from _guard("Journal", lambda: check_journal_place(home))
-    yield from _guard("Disk space", lambda: check_space("Disk space", home.state))
-    yield from _guard("FUSE", check_fuse)
-    yield from _guard("Daemon", check_daemon)
+    yield from run_check("Python", check_python)
+    yield from run_check("Installation", check_name_clash)
+    yield from run_check("Run directory", lambda: check_run_directory(home))
+    yield from run_check("Journal", lambda: check_journal_place(home))
+    yield from run_check("Disk space", lambda: check_space("Disk space", home.state))
+    yield from run_check("FUSE", check_fuse)
+    yield from run_check("Daemon", check_daemon)
     try:
         project = find_project()
     except ReplicateError as error:
         yield Finding("Project", "fail", error.message, error.hint)
         return
     yield Finding("Project", "ok", f"{project.directory} (repository {project.repository})")
-    yield from _guard("Repository", lambda: check_repository(project))
+    yield from run_check("Repository", lambda: check_repository(project))
+
+
+def run_check(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings of a check; whatever it raises becomes one."""
+    try:
+        return check()
+    except ReplicateError as error:
+        return [Finding(name, "fail", error.message, error.hint)]
+    except OSError as error:
+        return [Finding(name, "fail", f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))]
 
 
 def check_python() -> list[Finding]:
@@ -200,15 +210,6 @@ def file_system_type(path: Path, mount_info: str) -> str:
         if inside and len(mount_point) >= len(best):
             best, kind = mount_point, fields[fields.index("-", 6) + 1]
     return kind
-
-
-def _guard(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    try:
-        return check()
-    except ReplicateError as error:
-        return [Finding(name, "fail", error.message, error.hint)]
-    except OSError as error:
-        return [Finding(name, "fail", f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))]
 
 
 def _installed_version(distribution: str) -> str | None:

@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""Reads a repository with nothing but docs/format.md: no import of the project.
+
+    python standalone_reader.py REPOSITORY_DIR list
+    python standalone_reader.py REPOSITORY_DIR extract SNAPSHOT_ID DIR
+
+Needs the packages blake3, msgpack and zstandard. Every hash is checked, nothing is written outside DIR,
+and DIR must not exist: so no link that somebody put there can be followed.
+"""
+
+import json
+import os
+import re
+import struct
+import sys
+from pathlib import Path
+
+import msgpack
+import zstandard
+from blake3 import blake3
+
+FILE, DIRECTORY, SYMLINK = 0, 1, 2
+MAX_CHUNK_BYTES = 16 << 20
+MAX_DEPTH = 4096
+SEAL = re.compile(rb',\n "blake3": "([0-9a-f]{64})"\n\}\n')
+SEAL_LENGTH = 82
+ID = re.compile(r"[0-9a-f]{64}")
+
+INDEX_HEADER = struct.Struct("<8sB3sI")  # magic, version, zeros, number of sections
+SECTION = struct.Struct("<32sB3sII")  # pack, kind, zeros, size of the pack, number of records
+RECORD = struct.Struct("<32sIIIB3s")  # chunk, offset, stored length, plain length, codec, zeros
+
+
+class Damaged(Exception):
+    """The repository does not hold what the format says."""
+
+
+def require(condition, what):
+    if not condition:
+        raise Damaged(what)
+
+
+def read_sealed(path):
+    """The members of a sealed JSON object."""
+    data = path.read_bytes()
+    seal = SEAL.fullmatch(data[-SEAL_LENGTH:])
+    require(seal, f"{path} does not end with its hash")
+    text = data[:-SEAL_LENGTH] + b"\n}"
+    require(blake3(text).hexdigest().encode() == seal.group(1), f"the hash of {path} is wrong")
+    members = json.loads(text)
+    require(members["format"] == 1, f"{path} was written by a later version")
+    return members
+
+
+def read_index(path):
+    """Pairs of a chunk's id and (pack, offset, stored length, plain length, codec)."""
+    data = path.read_bytes()
+    body, digest = data[:-32], data[-32:]
+    require(blake3(body).digest() == digest, f"the hash of {path} is wrong")
+    magic, version, _, sections = INDEX_HEADER.unpack_from(body)
+    require((magic, version) == (b"REPLINDX", 1), f"{path} is not an index object of version 1")
+    position = INDEX_HEADER.size
+    for _ in range(sections):
+        pack, _, _, _, count = SECTION.unpack_from(body, position)
+        position += SECTION.size
+        for _ in range(count):
+            chunk, offset, stored, plain, codec, _ = RECORD.unpack_from(body, position)
+            position += RECORD.size
+            yield chunk, (pack.hex(), offset, stored, plain, codec)
+    require(position == len(body), f"{path} has bytes after its last section")
+
+
+class Repository:
+    """A repository in a directory."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        features = read_sealed(self.root / "repository.json")["features"]
+        require(features == [], f"the repository needs the features {features}")
+        self.chunks = {}
+        for path in sorted(self.root.glob("index/*")):
+            if ID.fullmatch(path.name):
+                self.chunks.update(read_index(path))
+
+    def read_chunk(self, chunk):
+        """The plain bytes of a chunk or node."""
+        require(chunk in self.chunks, f"chunk {chunk.hex()} is in no index object")
+        pack, offset, stored_length, plain_length, codec = self.chunks[chunk]
+        require(plain_length <= MAX_CHUNK_BYTES, f"chunk {chunk.hex()} is too large")
+        with (self.root / "packs" / pack[:2] / pack).open("rb") as file:
+            file.seek(offset)
+            stored = file.read(stored_length)
+        plain = stored
+        if codec != 0:
+            require(codec == 1, f"chunk {chunk.hex()} has the unknown codec {codec}")
+            frame = zstandard.get_frame_parameters(stored)
+            # Checked first: the decompressor allocates what the frame declares.
+            require(frame.content_size == plain_length, f"chunk {chunk.hex()} has another length")
+            require(frame.window_size <= MAX_CHUNK_BYTES, f"chunk {chunk.hex()} needs too much memory")
+            plain = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
+        require(blake3(plain).digest() == chunk, f"chunk {chunk.hex()} in pack {pack} is damaged")
+        return plain
+
+    def read_node(self, node, kind, above):
+        """Level and members of a node below one of level `above`, or of a root."""
+        data = self.read_chunk(node)
+        value = msgpack.unpackb(data, use_list=True, strict_map_key=True)
+        require(msgpack.packb(value) == data, f"node {node.hex()} is not in its shortest encoding")
+        found, level, *members = value
+        require(found == kind and 0 <= level <= 8, f"node {node.hex()} is not of the right kind")
+        require(above is None or level == above - 1, f"node {node.hex()} is on the wrong level")
+        return level, members
+
+    def read_directory(self, node):
+        """The entries of a directory, checked, in order."""
+        previous = b""
+        for entry in self._read_entries(node):
+            name = entry[0]
+            require(isinstance(name, bytes) and name > previous, f"directory {node.hex()} is not sorted")
+            safe = name not in (b".", b"..") and b"/" not in name and b"\0" not in name
+            require(safe and len(name) <= 1024, f"directory {node.hex()} holds the name {name!r}")
+            previous = name
+            yield entry
+
+    def _read_entries(self, node, above=None):
+        level, (items,) = self.read_node(node, 1, above)
+        if level == 0:
+            yield from items
+            return
+        for last_name, below, count in items:
+            seen, name = 0, None
+            for entry in self._read_entries(below, level):
+                seen, name = seen + 1, entry[0]
+                yield entry
+            require((seen, name) == (count, last_name), f"node {below.hex()} is not what is said of it")
+
+    def read_file(self, size, digest, content):
+        """The bytes of a file, chunk by chunk; their sum and hash are checked at the end."""
+        if not content:
+            chunks = [(digest, size)] if size else []
+        elif len(content) == 1:
+            chunks = self._read_list(content[0])
+        else:
+            chunks = pair(*content)
+        whole, done = blake3(), 0
+        for chunk, length in chunks:
+            plain = self.read_chunk(chunk)
+            done += length
+            require(len(plain) == length and done <= size, "the chunks of a file do not fit its size")
+            whole.update(plain)
+            yield plain
+        require(done == size and whole.digest() == digest, "a file has another size or hash than it should")
+
+    def _read_list(self, node, above=None):
+        level, (ids, lengths) = self.read_node(node, 2, above)
+        for below, length in pair(ids, lengths):
+            if level == 0:
+                yield below, length
+                continue
+            total = 0
+            for chunk in self._read_list(below, level):
+                total += chunk[1]
+                yield chunk
+            require(total == length, f"node {below.hex()} is not what is said of it")
+
+
+def pair(ids, lengths):
+    """Ids that stand one after the other, with their lengths."""
+    require(len(ids) == 32 * len(lengths), "a list of chunks has more ids than lengths, or fewer")
+    require(all(length > 0 for length in lengths), "a list of chunks has an impossible length")
+    return [(ids[32 * n : 32 * n + 32], length) for n, length in enumerate(lengths)]
+
+
+def list_snapshots(repository):
+    """One line a snapshot: id, number of files, bytes, and whose it is."""
+    owners = {}
+    for path in sorted(repository.root.glob("experiments/*.json")):
+        if ID.fullmatch(path.stem):
+            members = read_sealed(path)
+            owners[path.stem] = f"experiment {members['name'] or members['command']}"
+    for path in sorted(repository.root.glob("checkpoints/*/*.json")):
+        if ID.fullmatch(path.stem):
+            owners[path.stem] = f"checkpoint of {path.parent.name[:7]}, step {read_sealed(path)['step']}"
+    for path in sorted(repository.root.glob("snapshots/*")):
+        if ID.fullmatch(path.name):
+            members = read_sealed(path)
+            size = f"{members['files']} files, {members['size_bytes']} bytes"
+            print(f"{path.name}  {size:<30} {owners.get(path.name, '')!a}")
+
+
+def extract(repository, snapshot_id, target):
+    """Write a snapshot's files into a new directory."""
+    require(ID.fullmatch(snapshot_id), f"not the id of a snapshot: {snapshot_id}")
+    snapshot = read_sealed(repository.root / "snapshots" / snapshot_id)
+    require(snapshot["id"] == snapshot_id, f"snapshots/{snapshot_id} is another snapshot")
+    os.mkdir(target, 0o700)
+    root = snapshot["root"]
+    budget = snapshot["files"] + snapshot["directories"] + snapshot["symlinks"]
+    # Directories get mode and time when all below is there; depth first, without recursion.
+    finished = [(os.fsencode(target), root["mode"], *root["mtime"])]
+    pending = [(os.fsencode(target), bytes.fromhex(root["node"]), 1)]
+    while pending:
+        directory, node, depth = pending.pop()
+        require(depth <= MAX_DEPTH, "the tree is too deep")
+        for name, kind, mode, seconds, nanoseconds, size, digest, content in repository.read_directory(node):
+            budget -= 1
+            require(budget >= 0, "the tree has more entries than its snapshot says")
+            path = directory + b"/" + name
+            if kind == DIRECTORY:
+                os.mkdir(path, 0o700)
+                pending.append((path, digest, depth + 1))
+                finished.append((path, mode, seconds, nanoseconds))
+                continue
+            time = seconds * 10**9 + nanoseconds
+            if kind == SYMLINK:
+                require(blake3(content[0]).digest() == digest, "a link is damaged")
+                os.symlink(content[0], path)
+            else:
+                require(kind == FILE, f"an entry of the unknown type {kind}")
+                with open(path, "xb") as file:
+                    for plain in repository.read_file(size, digest, content):
+                        file.write(plain)
+                    os.chmod(file.fileno(), mode & 0o777)
+            os.utime(path, ns=(time, time), follow_symlinks=False)
+    for path, mode, seconds, nanoseconds in reversed(finished):
+        os.chmod(path, mode & 0o777)
+        os.utime(path, ns=(seconds * 10**9 + nanoseconds,) * 2)
+
+
+def main(arguments):
+    try:
+        if len(arguments) == 2 and arguments[1] == "list":
+            list_snapshots(Repository(arguments[0]))
+        elif len(arguments) == 4 and arguments[1] == "extract":
+            extract(Repository(arguments[0]), *arguments[2:])
+        else:
+            print(__doc__, file=sys.stderr)
+            return 2
+    except (Damaged, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, KeyError, struct.error, zstandard.ZstdError) as error:
+        print(f"error: the repository is damaged: {error!r}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

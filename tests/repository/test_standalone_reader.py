@@ -1,0 +1,168 @@
+"""The reader that was written from docs/format.md sees what the project's own reader sees."""
+
+import ast
+import os
+import random
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from replicate.ids import CheckpointId, ExperimentId, SnapshotId, new_id
+from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
+from replicated.format.canonical import pack
+from replicated.format.manifest import RootNode, TreeEntry
+from replicated.format.metadata import Snapshot
+from replicated.format.pack import TREE_PACK
+from replicated.packer import Packer, WriteStats
+from replicated.repository import Repository
+from replicated.tree import open_tree
+
+READER = Path(__file__).parents[2] / "examples" / "standalone_reader.py"
+
+Save = Callable[[Repository, dict[str, bytes]], Snapshot]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Isolated, from a directory of its own: what is imported is installed, not found by chance.
+    command = [sys.executable, "-I", str(READER), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+
+
+def root_of(repository: Repository) -> str:
+    return repository.url.removeprefix("file://")
+
+
+def odd_tree(add: Callable[[bytes], object]) -> Iterator[TreeEntry]:
+    big = random.Random(1).randbytes(1_500_000)
+    time = 1_700_000_000_123_456_789
+    yield TreeEntry(b"", "directory", 0o750, time)
+    yield TreeEntry(b"-rf", "file", 0o400, -1, add(b"minus"))  # type: ignore[arg-type]
+    yield TreeEntry(b"big", "file", 0o755, time, add(big))  # type: ignore[arg-type]
+    yield TreeEntry(b"bigger", "file", 0o644, time, add(big * 20))  # type: ignore[arg-type]
+    yield TreeEntry(b"dir", "directory", 0o500, time)
+    yield TreeEntry(b"dir/empty", "directory", 0o700, 5)
+    yield TreeEntry(b"dir/\xff new\nline", "file", 0o600, time, add(b"text " * 1000))  # type: ignore[arg-type]
+    yield TreeEntry(b"link", "symlink", 0o777, time, target=b"/etc/passwd")
+    yield TreeEntry(b"many", "directory", 0o755, time)
+    for number in range(3000):
+        yield TreeEntry(b"many/%04d" % number, "file", 0o644, number, add(b"%d" % number))  # type: ignore[arg-type]
+    yield TreeEntry(b"zero", "file", 0o4644, 0, add(b""))  # type: ignore[arg-type]
+
+
+def test_extracted_files_are_those_of_the_tree(repository: Repository, tmp_path: Path) -> None:
+    with repository.writer() as writer:
+        root = writer.add_tree(odd_tree(writer.add_file))
+        writer.finish()
+    snapshot = Snapshot(SnapshotId(new_id()), root)
+    repository.put_snapshot(snapshot)
+    done = run(root_of(repository), "extract", snapshot.id, str(tmp_path / "out"))
+    assert (done.returncode, done.stderr) == (0, "")
+    tree = open_tree(repository, snapshot.id)
+    target = os.fsencode(tmp_path / "out")
+    expected = {path for path, _ in tree.walk()}
+    found = set()
+    for parent, directories, files in os.walk(target):
+        found |= {os.path.relpath(os.path.join(parent, name), target) for name in [*directories, *files]}
+    assert found == expected
+    for path, node in [(b".", tree.root), *tree.walk()]:
+        info = os.lstat(os.path.join(target, path))
+        assert info.st_mtime_ns == node.mtime_ns, path
+        if node.type == "symlink":
+            assert os.readlink(os.path.join(target, path)) == node.target
+        else:
+            assert stat.S_IMODE(info.st_mode) == node.mode & 0o777, path
+        if node.type == "file":
+            with open(os.path.join(target, path), "rb") as file:
+                assert file.read() == tree.reader(node).pread(0, node.size)
+
+
+def test_snapshots_are_listed_with_their_owners(repository: Repository, save: Save) -> None:
+    snapshots = [save(repository, {"a": b"x" * size}) for size in (1, 20)]
+    experiment = ExperimentRecord(ExperimentId(snapshots[0].id), utc_now(), name="run\x1b one")
+    repository.put_experiment(experiment)
+    checkpoint = CheckpointRecord(CheckpointId(snapshots[1].id), experiment.id, utc_now(), 17, state="stored")
+    repository.put_checkpoint(checkpoint)
+    done = run(root_of(repository), "list")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert lines.keys() == {snapshot.id for snapshot in snapshots}
+    assert "run\\x1b one" in lines[experiment.id]
+    assert "step 17" in lines[checkpoint.id]
+    assert "20 bytes" in lines[checkpoint.id]
+
+
+def test_damage_is_found_and_named(repository: Repository, save: Save, tmp_path: Path) -> None:
+    snapshot = save(repository, {"a": bytes(range(200))})
+    for info in list(repository.store.list("")):
+        good = repository.store.get(info.key)
+        # Behind the first entry header of a pack, somewhere in the middle of all else.
+        for position in (70, len(good) // 2):
+            damaged = bytearray(good)
+            damaged[position] ^= 0xFF
+            repository.store.replace(info.key, bytes(damaged))
+            target = tmp_path / f"{info.key.replace('/', '-')}-{position}"
+            done = run(root_of(repository), "extract", snapshot.id, str(target))
+            records_only = info.key.startswith("packs/") and position != 70
+            assert done.returncode == 1 or records_only, info.key
+            assert done.stderr.startswith("error: ") or records_only
+            assert "Traceback" not in done.stderr
+        repository.store.replace(info.key, good)
+
+
+@pytest.mark.parametrize("name", [b"..", b"../escaped", b"/tmp/escaped", b"", b"a\0b", b"."])
+def test_hostile_names_are_not_written(repository: Repository, tmp_path: Path, name: bytes) -> None:
+    chunk = b"owned"
+    chunk_id = blake3(chunk).digest()
+    node = pack([1, 0, [[name, 0, 0o644, 0, 0, len(chunk), chunk_id, []]]])
+    packer = Packer(repository.store, repository.index, WriteStats())
+    packer.add([(chunk_id, chunk), (blake3(node).digest(), node)], TREE_PACK)
+    packer.finish()
+    snapshot = Snapshot(SnapshotId(new_id()), RootNode(blake3(node).digest(), 0o755, 0, files=5))
+    repository.put_snapshot(snapshot)
+    target = tmp_path / "below" / "out"
+    target.parent.mkdir()
+    done = run(root_of(repository), "extract", snapshot.id, str(target))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert list(target.parent.rglob("*")) == [target]
+    assert not Path("/tmp/escaped").exists()
+
+
+def test_existing_directory_and_wrong_usage_are_refused(
+    repository: Repository, save: Save, tmp_path: Path
+) -> None:
+    snapshot = save(repository, {"a": b"1"})
+    for arguments, status in (
+        ((), 2),
+        ((root_of(repository), "nonsense"), 2),
+        ((root_of(repository), "extract", snapshot.id, str(tmp_path)), 1),
+        ((root_of(repository), "extract", "../repository.json", str(tmp_path / "x")), 1),
+        ((root_of(repository), "extract", "ab" * 32, str(tmp_path / "x")), 1),
+        ((str(tmp_path / "nothing"), "list"), 1),
+    ):
+        done = run(*arguments)
+        assert done.returncode == status
+        assert done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_reader_is_short_and_stands_alone() -> None:
+    text = READER.read_text()
+    assert len(text.splitlines()) < 250
+    imported = {
+        name.split(".")[0]
+        for statement in ast.walk(ast.parse(text))
+        for name in (
+            [alias.name for alias in statement.names]
+            if isinstance(statement, ast.Import)
+            else [statement.module or ""]
+            if isinstance(statement, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported - sys.stdlib_module_names == {"blake3", "msgpack", "zstandard"}

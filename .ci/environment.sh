@@ -59,5 +59,7 @@ prepare_environment() {
     fi
     say "Installing replicate and what it needs …"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
+    # An editable install is not compiled, and where PYTHONDONTWRITEBYTECODE is set it never would be.
+    "$venv/bin/python" -m compileall -q replicated replicate_client
     printf '%s\n' "$stamp" >"$venv/.prepared"
 }

@@ -19,6 +19,8 @@ from blake3 import blake3
 
 #: Bounds of what is read; nothing that we write comes near.
 MAX_JSON_BYTES: Final = 64 << 20
+#: Levels of arrays and objects within a value of a user.
+MAX_VALUE_DEPTH: Final = 100
 #: Integers of more bits are written in hexadecimal: parsers refuse thousands of decimal digits.
 MAX_PLAIN_INT_BITS: Final = 1024
 
@@ -128,14 +130,16 @@ def encode_value(value: Any) -> Any:
     return value
 
 
-def decode_value(value: Any) -> Any:
+def decode_value(value: Any, depth: int = 0) -> Any:
     """The value that `encode_value` took; raises `Malformed`."""
+    if depth > MAX_VALUE_DEPTH:
+        raise Malformed("a value is nested too deeply")
     if isinstance(value, list):
-        return [decode_value(item) for item in value]
+        return [decode_value(item, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     if not any(key.startswith("$") for key in value):
-        return {key: decode_value(item) for key, item in value.items()}
+        return {key: decode_value(item, depth + 1) for key, item in value.items()}
     if len(value) == 1:
         ((kind, inner),) = value.items()
         if kind == _FLOAT and isinstance(inner, str) and inner in _SPECIAL_FLOATS:
@@ -143,7 +147,7 @@ def decode_value(value: Any) -> Any:
         if kind == _INT and isinstance(inner, str) and _HEX_INT.fullmatch(inner):
             return int(inner, 16)
         if kind == _OBJECT and isinstance(inner, dict):
-            return {key: decode_value(item) for key, item in inner.items()}
+            return {key: decode_value(item, depth + 1) for key, item in inner.items()}
     raise Malformed(f"unknown kind of value: {', '.join(value)[:100]}")
 
 

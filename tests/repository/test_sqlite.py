@@ -33,7 +33,7 @@ def test_new_database_has_schema_and_identity(tmp_path: Path, durable: bool, syn
             assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
             assert connection.execute("PRAGMA application_id").fetchone() == (0x1234,)
             assert connection.execute("PRAGMA user_version").fetchone() == (1,)
-            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema")}
+            names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
             assert names == {"numbers", "by_value"}
 
 

@@ -207,9 +207,9 @@ def test_a_process_that_is_killed_is_noticed_at_once(project, wait_until):
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_until(lambda: project.list()[0].status == "killed", "the run counts as killed")
+    wait_until(lambda: project.list()[0].ended is not None, "the end is recorded")
     project.flush()
-    (summary,) = project.list()
-    assert summary.ended is not None
+    assert project.list()[0].status == "killed"
     assert len(list((project.directory / ".replicate" / "edits").rglob("*.json"))) == 1
 
 

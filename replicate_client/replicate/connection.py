@@ -70,16 +70,16 @@ def call(
 ) -> _Reply:
     """The daemon's reply to one request; starts the daemon when none runs.
 
-    Without `timeout_s` it waits as long as the daemon works on it. Raises the error that the daemon
-    raised, `DaemonUnavailable` when none can be reached within about 20 s or `timeout_s` has passed,
-    `InternalError` when the daemon failed by a bug.
+    Without `timeout_s`, which bounds all of it, it waits as long as the daemon works on it. Raises the
+    error that the daemon raised, `DaemonUnavailable` when none can be reached within about 20 s or the
+    time is up, `InternalError` when the daemon failed by a bug.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    repetition = _Repetition()
+    repetition = _Repetition(deadline)
     while True:
         try:
             with _link.entered():
-                channel = _link.channel()
+                channel = _link.channel(deadline)
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 return channel.unary(method, request, reply_type, left)
         except _Lost as lost:
@@ -189,15 +189,16 @@ class _Lost(Exception):
 class _Repetition:
     """Paces the repetitions of one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float | None = None) -> None:
         self._delays = iter(_RETRY_DELAYS_S)
+        self._deadline = deadline
 
     def wait(self, lost: _Lost) -> None:
         """Wait until the call may be repeated; raises `DaemonUnavailable` when that is enough."""
         if lost.by_fork:
             return
         delay = next(self._delays, None)
-        if delay is None:
+        if delay is None or (self._deadline is not None and time.monotonic() + delay > self._deadline):
             raise lost.error() from None
         time.sleep(delay)
 
@@ -348,7 +349,7 @@ class _Link:
                 del self._calls[token]
                 self._changed.notify_all()
 
-    def channel(self) -> _Channel:
+    def channel(self, deadline: float | None = None) -> _Channel:
         """The channel to the daemon of this home, which is started when none runs.
 
         Raises `DaemonUnavailable` or `DaemonIncompatible`, and `_Lost` when it leaves at once.
@@ -360,7 +361,7 @@ class _Link:
                 return current
             launch = Launch(home)
             _load_grpc()  # meanwhile
-            launch.wait()
+            launch.wait(deadline)
             channel = self._open(home)
             try:
                 daemon = channel.hello()

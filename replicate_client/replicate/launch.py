@@ -88,9 +88,13 @@ class Launch:
         if not is_listening(home):
             self._start()
 
-    def wait(self) -> None:
-        """Return when somebody listens; raises `DaemonUnavailable` saying why nobody does."""
-        deadline = time.monotonic() + START_TIMEOUT_S
+    def wait(self, deadline: float | None = None) -> None:
+        """Return when somebody listens, at the latest at `deadline` (of `time.monotonic`).
+
+        Raises `DaemonUnavailable` saying why nobody does.
+        """
+        begun = time.monotonic()
+        deadline = min(begun + START_TIMEOUT_S, begun + START_TIMEOUT_S if deadline is None else deadline)
         try:
             while not is_listening(self._home):
                 status = self._process.poll() if self._process else 0
@@ -103,7 +107,7 @@ class Launch:
                     self._start()
                 if time.monotonic() > deadline:
                     raise DaemonUnavailable(
-                        f"the daemon was started but does not listen after {START_TIMEOUT_S:g} s",
+                        f"the daemon was started but does not listen after {deadline - begun:.1f} s",
                         hint=f"its log is {self._home.log_file}",
                     )
                 time.sleep(_POLL_S)

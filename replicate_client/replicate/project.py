@@ -1,0 +1,163 @@
+"""The entrances of the library: `init`, `flush`, projects and their experiments.
+
+Finds the project and its repository, and hands the rest to `run` and `query`. Nothing is looked for when
+this module is imported, only when something is asked of a project.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from replicate import query, run
+from replicate.config import ProjectConfig, find_project
+from replicate.disabled import disabled_experiment, is_disabled
+from replicate.errors import NotStored
+from replicate.experiment import Experiment, ExperimentList
+from replicate.ids import short
+from replicate.phrases import plural
+from replicate.records import ExperimentSummary
+
+
+class Project:
+    """A project directory with its repository; by default those of the working directory.
+
+    `repository` is a URL and needs no configuration file; `directory` is not searched for in its parents.
+    Nothing is checked before it is used: then `ConfigError` says what is wrong.
+    """
+
+    def __init__(
+        self, repository: str | None = None, directory: str | os.PathLike[str] | None = None
+    ) -> None:
+        self._repository = repository
+        self._directory = directory
+
+    @property
+    def experiments(self) -> ExperimentCollection:
+        """The experiments in its repository."""
+        return ExperimentCollection(self)
+
+    def config(self) -> ProjectConfig:
+        """Its directory and repository, found anew at every call."""
+        return find_project(self._directory, self._repository)
+
+    def __repr__(self) -> str:
+        given = [
+            f"{name}={value!r}"
+            for name, value in (("repository", self._repository), ("directory", self._directory))
+            if value is not None
+        ]
+        return f"Project({', '.join(given)})"
+
+
+class ExperimentCollection:
+    """The experiments of one project."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+
+    def create(
+        self,
+        path: object = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        resume: str | None = None,
+        ignore: str | Sequence[str] = (),
+        quiet: bool = False,
+    ) -> Experiment:
+        """Begin an experiment in this project; see `replicate.init`."""
+        if is_disabled():
+            return disabled_experiment(params, name, tags)
+        config = self._project.config()
+        joined = os.environ.get("REPLICATE_EXPERIMENT_ID", "").strip()
+        if resume is not None:
+            begun = run.resume(config, resume, params=params, ignore=ignore, quiet=quiet)
+        elif joined:
+            begun = run.join(
+                config, joined, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
+            )
+        else:
+            begun = run.begin(
+                config, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
+            )
+        return Experiment(config.repository, begun[1], begun[0])
+
+    def get(self, reference: str) -> Experiment:
+        """The experiment with this id, a prefix of it (4 characters or more), or `latest`.
+
+        The id of a checkpoint gives its experiment. Raises `NotFound` or `Ambiguous`.
+        """
+        config = self._project.config()
+        return _found(config, query.resolve(config.repository, reference).summary)
+
+    def list(self, filter: str | Callable[[Experiment], object] | None = None) -> ExperimentList:
+        """The experiments, oldest first; those for which `filter` holds.
+
+        `filter` is an expression such as `"loss < 0.3 and status = stopped"`, or a function of an
+        experiment (what it raises is raised here).
+        """
+        config = self._project.config()
+        filters = [filter] if isinstance(filter, str) else []
+        found = ExperimentList(
+            _found(config, summary) for summary in query.list_experiments(config.repository, filters)
+        )
+        if filter is None or isinstance(filter, str):
+            return found
+        return ExperimentList(experiment for experiment in found if filter(experiment))
+
+    def __repr__(self) -> str:
+        return f"<experiments of {self._project!r}>"
+
+
+#: Those of the default project.
+experiments = Project().experiments
+
+
+def init(
+    path: object = None,
+    params: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    tags: Sequence[str] = (),
+    resume: str | None = None,
+    ignore: str | Sequence[str] = (),
+    quiet: bool = False,
+) -> Experiment:
+    """Begin an experiment: a training run whose checkpoints are recorded. Returns when files are captured.
+
+    `path` is a file or directory (or a list of them) to save, relative to the project directory: the
+    code, usually "."; `params` a dict of what the run is made with; `ignore` patterns in gitignore
+    syntax of what not to save. `resume` goes on with an experiment by its id; its files are not saved
+    again, and params may be left out. Recorded too: command line, user, host, Python, packages, Git,
+    machine. The experiment ends with `stop()`, or by itself when Python exits.
+
+    Raises `TypeError`, `ValueError` and `FileNotFoundError` for wrong arguments, `ReplicateError` when
+    the run cannot be recorded. With REPLICATE_DISABLED=1 nothing is recorded; REPLICATE_EXPERIMENT_ID
+    joins the experiment of another process, or gives a new one its id.
+    """
+    return experiments.create(path, params, name=name, tags=tags, resume=resume, ignore=ignore, quiet=quiet)
+
+
+def flush(timeout: float | None = None) -> None:
+    """Wait until everything that this machine captured is stored.
+
+    Raises `TimeoutError` after `timeout` seconds and `NotStored` naming what failed.
+    """
+    if is_disabled():
+        return
+    failures = query.wait_stored((), timeout).failures
+    if failures:
+        first = failures[0]
+        raise NotStored(
+            f"{plural(len(failures), 'snapshot')} could not be stored, the first of them"
+            f" {short(first.id)}: {first.error}",
+            hint="`replicate status` shows all of them",
+            fields={"ids": " ".join(failure.id for failure in failures)},
+        )
+
+
+def _found(config: ProjectConfig, summary: ExperimentSummary) -> Experiment:
+    return Experiment(config.repository, summary, run.attach(config, summary))

@@ -1,0 +1,225 @@
+"""The files of an experiment or checkpoint as users hold them: open, list, check out, mount.
+
+Base of `Experiment` and `Checkpoint`; asks the daemon through `query`. Reading waits until a snapshot that
+is captured is stored. Mounts in places that were chosen here end with the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from replicate import notices, query
+from replicate.errors import NotFound, NotStored, ReplicateError
+from replicate.home import find_home
+from replicate.ids import new_id, short
+from replicate.phrases import format_size, plural
+from replicate.records import FileEntry
+
+#: The first read of a file asks for this much; reading on doubles it: a header is cheap, a file fast.
+_FIRST_FETCH_BYTES = 128 << 10
+_MAX_FETCH_BYTES = 8 << 20
+
+_Result = TypeVar("_Result")
+
+
+class Snapshot:
+    """Something with saved files.
+
+    The files of a checkpoint lie over those that `init` saved. Where an experiment is meant, its best
+    checkpoint is taken, else its latest. Every method waits until the files are stored and raises
+    `NotStored` when they never will be, `NotFound` when none were saved.
+    """
+
+    #: URL of the repository.
+    _repository: str
+
+    def _reference(self) -> str:
+        """An id whose files do not change any more."""
+        raise NotImplementedError
+
+    def open(self, path: str | os.PathLike[str]) -> io.BufferedReader:
+        """A saved file for reading bytes: seekable, and only what is read is fetched.
+
+        `path` is relative to the project directory. Raises `NotFound` when it was not saved.
+        """
+        name = os.path.normpath(os.fspath(path))
+
+        def begin() -> io.BufferedReader:
+            reference = self._reference()
+            entry = query.stat_file(self._repository, reference, name)
+            return io.BufferedReader(_SavedFile(self._repository, reference, entry), _FIRST_FETCH_BYTES)
+
+        return _when_stored(begin)
+
+    def files(self) -> list[FileEntry]:
+        """All saved files, directories and links, sorted by path."""
+        return _when_stored(lambda: list(query.list_files(self._repository, self._reference())))
+
+    def checkout(
+        self,
+        directory: str | os.PathLike[str],
+        quiet: bool = False,
+        *,
+        path: str = "",
+        force: bool = False,
+    ) -> None:
+        """Write the files into a directory; with `path` only that file or directory.
+
+        Files that are in the way and differ raise `CheckoutConflict`, unless `force` replaces them.
+        """
+
+        def write() -> tuple[int, int]:
+            files = size_bytes = 0
+            for event in query.checkout(
+                self._repository, self._reference(), directory, path=path, force=force
+            ):
+                files, size_bytes = event.files_done, event.bytes_done
+            return files, size_bytes
+
+        files, size_bytes = _when_stored(write)
+        if not quiet:
+            notices.say(
+                f"wrote {plural(files, 'file')} ({format_size(size_bytes)}) to {os.fspath(directory)}"
+            )
+
+    def mount(self, directory: str | os.PathLike[str] | None = None) -> Mount:
+        """Mount the files read-only; use it with `with`, which gives the directory, or `unmount` it.
+
+        Without `directory` a place is chosen, and the mount ends with this process at the latest.
+        Raises `MountFailed` saying what is in the way.
+        """
+        return _when_stored(lambda: Mount(self._repository, self._reference(), directory))
+
+
+class Mount:
+    """A mounted snapshot: a path, and a context manager that unmounts at the end."""
+
+    def __init__(
+        self, repository: str, reference: str, directory: str | os.PathLike[str] | None = None
+    ) -> None:
+        self._pid = os.getpid()
+        self._is_mounted = False
+        # The daemon makes the directory and removes it at the end.
+        chosen = directory or find_home().mounts / f"{short(reference)}-{new_id()[:8]}"
+        self.path = Path(query.mount(repository, reference, chosen).directory)
+        self._is_mounted = True
+        if directory is None:
+            _end_with_process(self)
+
+    def unmount(self) -> None:
+        """Unmount; harmless when it is not mounted any more. Raises `MountFailed` while files are open."""
+        if self._is_mounted:
+            try:
+                query.unmount(directory=self.path)
+            except NotFound:
+                pass
+            self._is_mounted = False
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        # A forked child that leaves the block must not take the mount away from its parent.
+        if self._pid == os.getpid():
+            self.unmount()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"<Mount {self.path}{'' if self._is_mounted else ' (unmounted)'}>"
+
+
+class _SavedFile(io.RawIOBase):
+    """One file of a snapshot, fetched in pieces as it is read. Used by one thread at a time."""
+
+    def __init__(self, repository: str, reference: str, entry: FileEntry) -> None:
+        self._repository = repository
+        self._reference = reference
+        self._size = entry.size
+        self._position = 0
+        self._piece = b""
+        self._piece_start = 0
+        self._fetch_bytes = _FIRST_FETCH_BYTES
+        self.name = entry.path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}.get(whence)
+        if base is None:
+            raise ValueError(f"invalid whence: {whence!r}")
+        if base + offset < 0:
+            raise ValueError(f"negative seek position: {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
+            return 0
+        if not self._piece_start <= self._position < self._piece_start + len(self._piece):
+            self._fetch(wanted)
+        begin = self._position - self._piece_start
+        data = self._piece[begin : begin + wanted]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def readall(self) -> bytes:
+        data = b"".join(query.read_file(self._repository, self._reference, self.name, self._position))
+        self._position += len(data)
+        return data
+
+    def _fetch(self, wanted: int) -> None:
+        goes_on = self._position == self._piece_start + len(self._piece) and self._piece
+        self._fetch_bytes = min(2 * self._fetch_bytes, _MAX_FETCH_BYTES) if goes_on else _FIRST_FETCH_BYTES
+        length = max(wanted, self._fetch_bytes)
+        pieces = query.read_file(self._repository, self._reference, self.name, self._position, length)
+        self._piece = b"".join(pieces)
+        self._piece_start = self._position
+        if len(self._piece) < wanted:
+            raise OSError(f"the daemon sent less of the file than it has: {self.name}")
+
+
+def _when_stored(read: Callable[[], _Result]) -> _Result:
+    """What `read` gives, once the snapshots that it needs are stored."""
+    awaited: set[str] = set()
+    while True:
+        try:
+            return read()
+        except NotStored as error:
+            identifier = error.fields.get("id", "")
+            if error.fields.get("state") != "captured" or identifier in awaited:
+                raise
+        query.wait_stored([identifier])
+        awaited.add(identifier)
+
+
+_mounts: list[Mount] = []
+
+
+def _end_with_process(mount: Mount) -> None:
+    if not _mounts:
+        atexit.register(_unmount_all)
+    _mounts.append(mount)
+
+
+def _unmount_all() -> None:
+    for mount in _mounts:
+        try:
+            mount.__exit__()
+        except ReplicateError as error:
+            notices.warn_once(str(error))

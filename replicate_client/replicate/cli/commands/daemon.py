@@ -71,7 +71,7 @@ def stop(session: Session) -> None:
     connection.stop_daemon()
     console.note(f"The daemon stopped (pid {info.pid})")
     if waiting:
-        console.note(f"{plural(waiting, 'snapshot')} not stored yet; the next daemon goes on with it")
+        console.note(f"Not stored yet: {plural(waiting, 'snapshot')}; the next daemon goes on with that")
 
 
 @daemon.command("status")

@@ -80,7 +80,8 @@ def make_private(directory: Path) -> None:
     can write there could put a socket of their own in place of ours.
     """
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        # Private as well: the parent of the run directory is the state directory, which must be.
+        directory.parent.mkdir(mode=PRIVATE_MODE, parents=True, exist_ok=True)
         try:
             directory.mkdir(mode=PRIVATE_MODE)
         except FileExistsError:

@@ -71,8 +71,8 @@ def test_a_busy_daemon_says_how_long_and_what_failed(busy, view):
         "Mounts:   2\n"
         "\n"
         "Failed\n"
-        "ID       WHEN      PATH      WHY\n"
-        "c200000  just now  model.pt  torn\n"
+        "c200000  model.pt (just now)\n"
+        "    torn\n"
         "`replicate rm c200000` forgets what failed\n"
     )
 

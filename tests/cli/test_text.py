@@ -81,7 +81,9 @@ def test_format_size(size, expected):
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        (0, "0s"),
+        (-1, "0.0s"),
+            (0.44, "0.4s"),
+            (9.96, "10s"),
         (59.4, "59s"),
         (60, "1m"),
         (131, "2m 11s"),

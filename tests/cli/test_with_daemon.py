@@ -504,6 +504,21 @@ def test_rm_of_a_checkpoint_and_an_experiment(own_project):
     assert own_project.json("ls") == []
 
 
+def test_the_first_command_ever_in_a_home_directory_works(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "HOME": tempfile.mkdtemp(prefix="rpl-")}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "replicate.cli", *arguments]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    try:
+        status = run("status")
+        assert status.returncode == 0, status.stderr
+    finally:
+        run("daemon", "stop")
+        shutil.rmtree(environment["HOME"])
+
+
 def test_the_daemon_starts_and_stops(own_project):
     pid = own_project.json("daemon", "status")["pid"]
     assert own_project.run("daemon", "start").stderr.startswith(f"The daemon already runs (pid {pid},")

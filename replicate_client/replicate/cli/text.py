@@ -103,8 +103,10 @@ def format_size(size_bytes: float) -> str:
 
 
 def format_duration(duration_s: float) -> str:
-    """A duration in its two largest units: `45s`, `2m 10s`, `3h 5m`, `2d 4h`."""
-    seconds = max(0, round(duration_s))
+    """A duration in its two largest units: `0.4s`, `45s`, `2m 10s`, `3h 5m`, `2d 4h`."""
+    if duration_s < 9.95:
+        return f"{max(0.0, duration_s):.1f}s"
+    seconds = round(duration_s)
     if seconds < 60:
         return f"{seconds}s"
     minutes, seconds = divmod(seconds, 60)

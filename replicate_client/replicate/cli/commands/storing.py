@@ -78,7 +78,8 @@ def flush(session: Session, reference: str | None, timeout_s: float | None, as_j
         def show(now: query.DaemonStatus) -> None:
             nonlocal last
             last = now
-            progress.show(f"Storing: {now.waiting_because or describe_queue(now)}")
+            held_up = f"; held up: {now.waiting_because}" if now.waiting_because else ""
+            progress.show(f"Storing: {describe_queue(now)}{held_up}")
 
         try:
             end = query.wait_stored(ids, timeout_s, show)

@@ -37,18 +37,16 @@ def render_status(status: DaemonStatus, view: View) -> str:
 
 def render_failures(failures: Sequence[Failure], view: View) -> str:
     """The snapshots that will not be stored, and how to forget them."""
-    columns = [Column("ID"), Column("WHEN"), Column("PATH", shrinks_to=12), Column("WHY")]
-    rows = [
-        [
-            Cell(short(failure.id), "cyan"),
-            Cell(format_age(failure.at, view.now, view.zone)),
-            Cell(escape(", ".join(failure.paths))),
-            Cell(escape(failure.error), "red"),
+    lines = []
+    for failure in failures:
+        paths = escape(", ".join(failure.paths)) or "no files"
+        when = format_age(failure.at, view.now, view.zone)
+        lines += [
+            f"{view.paint(short(failure.id), 'cyan')}  {paths} ({when})",
+            f"    {view.paint(escape(failure.error), 'red')}",
         ]
-        for failure in failures
-    ]
     forget = " ".join(short(failure.id) for failure in failures[:3]) + (" …" if len(failures) > 3 else "")
-    return f"{render_table(columns, rows, view)}`replicate rm {forget}` forgets what failed\n"
+    return "\n".join([*lines, f"`replicate rm {forget}` forgets what failed"]) + "\n"
 
 
 def describe_queue(status: DaemonStatus) -> str:

@@ -16,7 +16,7 @@ SOURCES = [
 #: Documents that speak about the insides: every identifier in backticks must exist.
 INTERNAL = ["architecture.md", "concurrency.md"]
 #: What looks like an identifier of ours and is somebody else's.
-FOREIGN = {"fork", "fstat", "replicate_client"}
+FOREIGN = {"fork", "fstat", "pyproject", "toml"}
 
 
 def identifiers(text: str) -> set[str]:

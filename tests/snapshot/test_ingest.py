@@ -57,9 +57,7 @@ def test_a_tree_goes_through_the_spool_unchanged(spool, project, repository):
     reported = []
     repository.put_snapshot(ingest(repository, SNAPSHOT, capture(spool, project), reported.append))
     tree = open_tree(repository, SNAPSHOT)
-    found = {
-        path: tree.reader(node).pread(0, node.size) for path, node in tree.walk() if node.type == "file"
-    }
+    found = {path: tree.reader(node).pread(0, node.size) for path, node in tree.walk() if node.type == "file"}
     assert found == originals
     assert tree.find(b"link").target == b"../\xfe"
     assert reported == sorted(reported)

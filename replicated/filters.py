@@ -168,6 +168,8 @@ class _Parser:
         if operator is None:
             raise self._error(f"expected one of = != < <= > >= ~ after `{name}`")
         self._at += len(operator)
+        if self._text.startswith(_OPERATORS, self._at):
+            raise self._error(f"unknown operator {operator}{self._text[self._at]}")
         text, is_quoted = self._value()
         value = text if is_quoted else _interpret(text)
         comparison = Comparison(name, cast("Operator", "=" if operator == "==" else operator), text, value)

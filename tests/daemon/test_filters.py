@@ -128,7 +128,7 @@ def test_filter_rejects(text):
     [
         ("", "expected a name"),
         ("lr", "expected one of"),
-        ("lr >> 3", "expected a name|value"),
+        ("lr >> 3", "unknown operator >>"),
         ("lr =", "a value is missing"),
         ("(lr = 1", "missing"),
         ("lr = 1)", "unexpected"),
@@ -141,9 +141,6 @@ def test_filter_rejects(text):
     ],
 )
 def test_filter_that_cannot_be_read_is_refused_with_the_place(text, reason):
-    if text == "lr >> 3":
-        assert not parse_filter(text, NOW)(ONE)  # compares with the text "> 3"
-        return
     with pytest.raises(InvalidArgument, match=reason):
         parse_filter(text, NOW)
 

@@ -1,0 +1,131 @@
+"""Where a project is and which repository it has: file, environment, defaults, and what can be wrong."""
+
+import pytest
+
+from replicate.config import find_project, resolve_repository
+from replicate.errors import ConfigError
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("REPLICATE_REPOSITORY", "REPLICATE_PROJECT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def write(directory, text, name="replicate.yaml"):
+    file = directory / name
+    file.write_text(text)
+    return file
+
+
+def test_nothing_has_to_be_configured(directory):
+    project = find_project()
+    assert project.directory == directory
+    assert project.repository == f"file://{directory}/.replicate"
+    assert (project.repository_origin, project.capture, project.ignore) == ("default", "auto", ())
+    assert project.file is None
+
+
+@pytest.mark.parametrize("name", ["replicate.yaml", "replicate.yml"])
+def test_the_file_in_the_nearest_parent_counts(directory, monkeypatch, name):
+    file = write(directory, "repository: s3://bucket/prefix/\ncapture: copy\nignore: ['*.log', tmp/]\n", name)
+    below = directory / "a" / "b"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    project = find_project()
+    assert (project.directory, project.file) == (directory, file)
+    assert (project.repository, project.repository_origin) == ("s3://bucket/prefix", "config")
+    assert (project.capture, project.ignore) == ("copy", ("*.log", "tmp/"))
+
+
+def test_an_empty_file_marks_a_project(directory):
+    write(directory, "# nothing yet\n")
+    assert find_project().repository == f"file://{directory}/.replicate"
+
+
+def test_a_given_directory_is_not_searched_upwards(directory):
+    write(directory, "repository: file://elsewhere\n")
+    below = directory / "below"
+    below.mkdir()
+    assert find_project(below).repository == f"file://{below}/.replicate"
+
+
+def test_the_environment_beats_the_file_and_arguments_beat_both(directory, monkeypatch):
+    write(directory, "repository: file://one\n")
+    monkeypatch.setenv("REPLICATE_REPOSITORY", "file://two")
+    assert find_project().repository == f"file://{directory}/two"
+    project = find_project(repository="file:///three")
+    assert (project.repository, project.repository_origin) == ("file:///three", "argument")
+
+
+def test_the_environment_names_the_project_directory(directory, monkeypatch):
+    below = directory / "below"
+    below.mkdir()
+    monkeypatch.setenv("REPLICATE_PROJECT_DIR", str(below))
+    assert find_project().directory == below
+
+
+def test_a_project_directory_that_is_none_is_an_error(directory):
+    with pytest.raises(ConfigError, match="nowhere"):
+        find_project(directory / "nowhere")
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(directory):
+    file = write(directory, "ignore: []\nrepositry: file://x\n")
+    with pytest.raises(ConfigError) as caught:
+        find_project()
+    assert caught.value.message == f"{file}:2: unknown key `repositry`"
+    assert "did you mean `repository`?" in caught.value.hint
+    assert caught.value.fields == {"file": str(file), "line": "2", "key": "repositry"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ("repository: [a]\n", 1, "must be a URL"),
+        ("\nrepository: ftp://host/x\n", 2, "not a repository URL"),
+        ("repository: 'file://'\n", 1, "no path"),
+        ("capture: fast\n", 1, "must be auto or copy"),
+        ("ignore: {a: b}\n", 1, "list of patterns"),
+        ("ignore: [1]\n", 1, "list of patterns"),
+        ("capture: auto\ncapture: copy\n", 2, "twice"),
+        ("capture: auto\n  ignore: [\n", 2, "not valid YAML"),
+        ("- a\n", 1, "key: value"),
+        ("capture: !!python/name:os.system\n", 1, "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_told_with_file_and_line(directory, text, line, problem):
+    file = write(directory, text)
+    with pytest.raises(ConfigError) as caught:
+        find_project()
+    assert caught.value.message.startswith(f"{file}:{line}: ")
+    assert problem in caught.value.message
+
+
+def test_a_file_that_is_not_text_is_an_error_naming_it(directory):
+    (directory / "replicate.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"replicate\.yaml"):
+        find_project()
+
+
+@pytest.mark.parametrize(
+    ("url", "resolved"),
+    [
+        ("file://.replicate", "file:///project/.replicate"),
+        ("file:///absolute/../other", "file:///other"),
+        ("file://with%20space", "file:///project/with space"),
+        ("s3://bucket", "s3://bucket"),
+        ("gs://bucket/prefix/", "gs://bucket/prefix"),
+    ],
+)
+def test_repository_urls_have_one_absolute_form(tmp_path, url, resolved):
+    assert resolve_repository(url, tmp_path) == resolved.replace("/project", str(tmp_path))
+
+
+@pytest.mark.parametrize("url", ["", "/path", "ftp://secret:password@host", "file://", "file://a\0b"])
+def test_other_repository_urls_are_refused_without_repeating_credentials(tmp_path, url):
+    with pytest.raises(ConfigError) as caught:
+        resolve_repository(url, tmp_path)
+    assert "password" not in str(caught.value)

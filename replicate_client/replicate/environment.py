@@ -25,6 +25,7 @@ from replicate.records import GitState, Gpu, ProcessIdentity, System
 from replicate.worktree import git_state
 
 _NVIDIA_SMI_TIMEOUT_S = 2.0
+_NVIDIA_PROC = Path("/proc/driver/nvidia")
 #: Longer command lines are cut; the system allows 2 MiB.
 _MAX_COMMAND_LENGTH = 64 << 10
 
@@ -160,7 +161,7 @@ def _graphics() -> _Graphics:
             return _parse_nvidia_smi(_ask_nvidia_smi(command))
         except (OSError, ValueError, subprocess.SubprocessError):
             pass
-    return _read_nvidia_proc(Path("/proc/driver/nvidia"))
+    return _read_nvidia_proc(_NVIDIA_PROC)
 
 
 def _ask_nvidia_smi(command: str) -> str:

@@ -7,6 +7,7 @@ is forked at any moment can use them; any thread may.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -187,7 +188,7 @@ class Experiment(Snapshot):
         self._run = run
         #: As read from the daemon; None: not read yet.
         self._read: list[Checkpoint] | None = None
-        #: Made through this object.
+        #: Made through this object since then, and those that the daemon does not know.
         self._made: list[Checkpoint] = []
 
     @property
@@ -279,8 +280,8 @@ class Experiment(Snapshot):
         """Its checkpoints, oldest first; read from the daemon the first time."""
         if self._read is None:
             self._read = self._read_checkpoints()
-        known = {checkpoint.id for checkpoint in self._read}
-        return CheckpointList([*self._read, *(one for one in self._made if one.id not in known)])
+        merged = {checkpoint.id: checkpoint for checkpoint in (*self._made, *self._read)}
+        return CheckpointList(sorted(merged.values(), key=lambda checkpoint: checkpoint.created))
 
     def checkpoint(
         self,
@@ -338,12 +339,17 @@ class Experiment(Snapshot):
         return chosen.id if chosen is not None else f"{self.id}:code"
 
     def _read_checkpoints(self) -> list[Checkpoint]:
-        known = {checkpoint.id: checkpoint for checkpoint in (*(self._read or ()), *self._made)}
+        made = list(self._made)
+        known = {checkpoint.id: checkpoint for checkpoint in (*made, *(self._read or ()))}
         checkpoints = []
         for record in query.list_checkpoints(self._repository, self.id):
             checkpoint = known.get(record.id) or Checkpoint(self._repository, record)
             checkpoint._record = record
             checkpoints.append(checkpoint)
+        for checkpoint in made:
+            if checkpoint._record.state != "failed":
+                with contextlib.suppress(ValueError):  # another thread was faster
+                    self._made.remove(checkpoint)
         return checkpoints
 
     def _records(self) -> list[CheckpointRecord]:

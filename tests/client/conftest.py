@@ -114,7 +114,9 @@ class Done:
 def run_script(project):
     """Run Python source as a script of the project, to its end."""
 
-    def run(source, *arguments, options=("-X", "dev", "-W", "error"), environment=None) -> Done:
+    strict = ("-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning")
+
+    def run(source, *arguments, options=strict, environment=None) -> Done:
         script = project / "script.py"
         script.write_text(source)
         done = subprocess.run(

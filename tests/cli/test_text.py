@@ -7,18 +7,16 @@ from hypothesis import example, given
 from replicate.cli.text import (
     count_equal,
     display_width,
-    escape,
     format_age,
     format_duration,
     format_mode,
     format_moment,
-    format_size,
     format_value,
     format_value_short,
     pad,
-    plural,
     shorten,
 )
+from replicate.phrases import escape, format_size, plural
 from replicate.records import FileEntry
 
 

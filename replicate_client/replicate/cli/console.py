@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from replicate.cli.json_output import Json, to_json
-from replicate.cli.text import escape, format_size, shorten
+from replicate.cli.text import shorten
 from replicate.cli.view import View
 from replicate.errors import ReplicateError
+from replicate.phrases import escape, format_size
 from replicate.records import utc_now
 
 _PROGRESS_INTERVAL_S = 0.1

@@ -10,7 +10,7 @@ import difflib
 import io
 from collections.abc import Iterator
 
-from replicate.cli.text import escape
+from replicate.phrases import escape
 
 #: Larger files are not compared line by line: difflib is quadratic at its worst.
 MAX_CONTENT_BYTES = 1 << 20

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from replicate._version import __version__
-from replicate.cli.text import format_size
 from replicate.config import ProjectConfig
 from replicate.errors import ReplicateError
 from replicate.home import Home, check_private
+from replicate.phrases import format_size
 
 Outcome = Literal["ok", "warn", "fail"]
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from replicate.cli.console import Console
-from replicate.cli.text import escape
+from replicate.phrases import escape
 
 if TYPE_CHECKING:
     from replicate.config import ProjectConfig

@@ -1,6 +1,6 @@
 """Tables of aligned columns, in which a cell may have several lines.
 
-Pure layout: cells hold safe text (see `text.escape`). With a width, the widest columns that may shrink
+Pure layout: cells hold safe text (see `phrases.escape`). With a width, the widest columns that may shrink
 give way until the table fits; without one nothing is ever cut.
 """
 

@@ -12,8 +12,8 @@ from replicate.cli.grammar import Command
 from replicate.cli.json_output import Json, path_json
 from replicate.cli.render.resolutions import exact_reference, name_snapshot
 from replicate.cli.session import Session
-from replicate.cli.text import escape, format_size, plural
 from replicate.errors import CheckoutConflict, ReplicateError
+from replicate.phrases import escape, format_size, plural
 
 if TYPE_CHECKING:
     from replicate.query import CheckoutAction, CheckoutEvent, Resolution

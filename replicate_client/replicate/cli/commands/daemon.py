@@ -15,9 +15,10 @@ from replicate.cli.arguments import json_option
 from replicate.cli.grammar import Group
 from replicate.cli.json_output import time_json
 from replicate.cli.session import Session
-from replicate.cli.text import escape, format_age, plural
+from replicate.cli.text import format_age
 from replicate.errors import DaemonUnavailable, ReplicateError
 from replicate.home import find_home
+from replicate.phrases import escape, plural
 
 _FOLLOW_INTERVAL_S = 0.25
 

@@ -14,9 +14,9 @@ from replicate.cli.grammar import Command
 from replicate.cli.render.differences import comparison_json, render_comparison
 from replicate.cli.render.resolutions import exact_reference, explain_choice
 from replicate.cli.session import Session
-from replicate.cli.text import escape, format_size
 from replicate.cli.view import View
 from replicate.errors import NotStored
+from replicate.phrases import escape, format_size
 from replicate.records import FileChange
 
 if TYPE_CHECKING:

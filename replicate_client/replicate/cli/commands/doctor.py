@@ -11,9 +11,9 @@ from click.exceptions import Exit
 from replicate.cli.arguments import json_option
 from replicate.cli.grammar import Command
 from replicate.cli.session import Session
-from replicate.cli.text import escape, plural
 from replicate.cli.view import View
 from replicate.home import find_home
+from replicate.phrases import escape, plural
 
 if TYPE_CHECKING:
     from replicate.cli.diagnosis import Finding

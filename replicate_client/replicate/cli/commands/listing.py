@@ -12,8 +12,8 @@ from replicate.cli.grammar import Command
 from replicate.cli.json_output import summary_json
 from replicate.cli.render.experiments import render_csv, render_experiments
 from replicate.cli.session import Session
-from replicate.cli.text import escape
 from replicate.errors import RepositoryMissing
+from replicate.phrases import escape
 from replicate.records import ExperimentSummary
 
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -16,9 +16,9 @@ from replicate.cli.grammar import Command
 from replicate.cli.json_output import Json, path_json
 from replicate.cli.render.mounts import render_mounts
 from replicate.cli.session import Session
-from replicate.cli.text import escape
 from replicate.errors import NotFound, ReplicateError
 from replicate.ids import parse_reference, short
+from replicate.phrases import escape
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -9,9 +9,9 @@ import click
 from replicate.cli.arguments import ids_argument
 from replicate.cli.grammar import Command
 from replicate.cli.session import Session
-from replicate.cli.text import plural
 from replicate.errors import InvalidArgument, ReplicateError
 from replicate.ids import parse_reference, short
+from replicate.phrases import plural
 
 if TYPE_CHECKING:
     from replicate.query import RemovedItem

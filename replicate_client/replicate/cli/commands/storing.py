@@ -16,9 +16,9 @@ from replicate.cli.render.storing import (
     status_json,
 )
 from replicate.cli.session import Session
-from replicate.cli.text import escape, format_size, plural
 from replicate.errors import ReplicateError, RepositoryMissing
 from replicate.ids import parse_reference
+from replicate.phrases import escape, format_size, plural
 
 
 @click.command(cls=Command)

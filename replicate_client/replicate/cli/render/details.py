@@ -8,17 +8,15 @@ from replicate.cli.render.fields import render_fields, render_section
 from replicate.cli.table import Cell, Column, column_width, render_table, table_width
 from replicate.cli.text import (
     count_equal,
-    escape,
     format_age,
     format_duration,
     format_moment,
-    format_size,
     format_value,
     format_value_short,
-    plural,
 )
 from replicate.cli.view import View, state_note, status_style
 from replicate.ids import short
+from replicate.phrases import escape, format_size, plural
 from replicate.records import CheckpointRecord, ExperimentSummary, GitState, Gpu, System, Value
 
 #: Up to this many packages are all shown.

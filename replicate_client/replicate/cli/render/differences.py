@@ -6,19 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from replicate.cli.comparison import ABSENT, Compared, Comparison, Difference, Side
 from replicate.cli.json_output import Json, file_json, path_json, value_json
-from replicate.cli.text import (
-    count_equal,
-    display_width,
-    escape,
-    format_moment,
-    format_size,
-    format_value,
-    pad,
-    plural,
-    shorten,
-)
+from replicate.cli.text import count_equal, display_width, format_moment, format_value, pad, shorten
 from replicate.cli.view import View
 from replicate.ids import short
+from replicate.phrases import escape, format_size, plural
 from replicate.records import FileChange, FileEntry, parse_time
 
 _GAP = "  "

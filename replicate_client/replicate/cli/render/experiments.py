@@ -9,16 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from replicate.cli.comparison import same_value
 from replicate.cli.json_output import Json, mapping_json, time_json, to_json_line
 from replicate.cli.table import Cell, Column, column_width, render_table, table_width
-from replicate.cli.text import (
-    MAX_CELL_VALUE,
-    display_width,
-    escape,
-    format_age,
-    format_value_short,
-    shorten,
-)
+from replicate.cli.text import MAX_CELL_VALUE, display_width, format_age, format_value_short, shorten
 from replicate.cli.view import View, state_note, status_style
 from replicate.ids import short
+from replicate.phrases import escape
 from replicate.records import CheckpointRecord, ExperimentSummary, Value, checkpoint_label
 
 #: Metrics shown of each checkpoint when no experiment has a primary metric.

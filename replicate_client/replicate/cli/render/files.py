@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
 
-from replicate.cli.text import escape, format_mode, format_size
+from replicate.cli.text import format_mode
 from replicate.cli.view import View
+from replicate.phrases import escape, format_size
 from replicate.records import FileEntry
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from replicate.cli.table import Cell, Column, render_table
-from replicate.cli.text import escape
 from replicate.cli.view import View
 from replicate.ids import short
+from replicate.phrases import escape
 
 if TYPE_CHECKING:
     from replicate.query import MountInfo

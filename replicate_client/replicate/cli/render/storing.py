@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from replicate.cli.json_output import Json, time_json
 from replicate.cli.render.fields import render_fields, render_section
 from replicate.cli.table import Cell, Column, render_table
-from replicate.cli.text import escape, format_age, format_duration, format_size, plural
+from replicate.cli.text import format_age, format_duration
 from replicate.cli.view import View
 from replicate.ids import short
+from replicate.phrases import escape, format_size, plural
 from replicate.records import paths_argument
 
 if TYPE_CHECKING:

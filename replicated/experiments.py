@@ -79,7 +79,9 @@ class Experiments:
         """Experiments that pass all filters, in order; the newest `limit` of that order if not 0."""
         now = utc_now()
         predicates = [parse_filter(text, now) for text in filters]
-        summaries = [s for s in self._summaries(repository) if all(accept(s) for accept in predicates)]
+        summaries = [
+            s for s in self._summaries(self._view(repository)) if all(accept(s) for accept in predicates)
+        ]
         ordered = sort_summaries(summaries, sort)
         if not limit:
             return ordered
@@ -87,23 +89,24 @@ class Experiments:
 
     def checkpoints(self, repository: str, reference: str) -> list[CheckpointRecord]:
         """The checkpoints of the experiment that a reference names, oldest first."""
-        resolution = self.resolve(repository, reference)
-        return self._checkpoints(self._catalog(repository), repository, resolution.summary.record.id)
+        view = self._view(repository)
+        return self._checkpoints(view, self._resolve(view, reference).summary.record.id)
 
     def resolve(self, repository: str, text: str) -> Resolution:
         """What an id, in any form that users may write, means.
 
         Raises `InvalidArgument`, `NotFound` or `Ambiguous`.
         """
+        return self._resolve(self._view(repository), text)
+
+    def _resolve(self, view: _View, text: str) -> Resolution:
         reference = parse_reference(text)
-        catalog = self._catalog(repository)
-        catalog.refresh()
         if reference.is_latest:
-            summaries = self._summaries(repository)
+            summaries = self._summaries(view)
             if not summaries:
                 raise NotFound("there is no experiment yet", hint="call replicate.init() in a script")
-            return self._choose(catalog, repository, summaries[-1], reference, text)
-        experiments, checkpoints = self._find_ids(catalog, repository, reference.prefix)
+            return self._choose(view, summaries[-1], reference, text)
+        experiments, checkpoints = self._find_ids(view, reference.prefix)
         found = sorted(experiments | checkpoints.keys())
         if not found:
             raise NotFound(
@@ -120,22 +123,19 @@ class Experiments:
             )
         identifier = found[0]
         if identifier in experiments:
-            summary = self._summary(catalog, repository, identifier)
-            return self._choose(catalog, repository, summary, reference, text)
+            return self._choose(view, self._summary(view, identifier), reference, text)
         if reference.selector:
             raise InvalidArgument(
                 f"{short(identifier)} is a checkpoint, so it has no :{reference.selector}",
                 hint="give the id of its experiment",
             )
-        summary = self._summary(catalog, repository, checkpoints[identifier])
-        for checkpoint in self._checkpoints(catalog, repository, checkpoints[identifier]):
+        summary = self._summary(view, checkpoints[identifier])
+        for checkpoint in self._checkpoints(view, checkpoints[identifier]):
             if checkpoint.id == identifier:
                 return Resolution(summary, checkpoint, named_experiment=False, chosen="")
         raise NotFound(f"checkpoint {short(identifier)} was removed in this moment")
 
-    def _choose(
-        self, catalog: Catalog, repository: str, summary: ExperimentSummary, reference: Reference, text: str
-    ) -> Resolution:
+    def _choose(self, view: _View, summary: ExperimentSummary, reference: Reference, text: str) -> Resolution:
         """The checkpoint of an experiment that a reference selects."""
         selector = reference.selector
         checkpoint: CheckpointRecord | None = None
@@ -148,11 +148,7 @@ class Experiments:
         elif selector == "latest":
             checkpoint = summary.latest
         elif selector == "step":
-            matching = [
-                c
-                for c in self._checkpoints(catalog, repository, summary.record.id)
-                if c.step == reference.step
-            ]
+            matching = [c for c in self._checkpoints(view, summary.record.id) if c.step == reference.step]
             checkpoint = latest_checkpoint(matching)
         if checkpoint is None and selector in ("best", "latest", "step"):
             raise NotFound(
@@ -173,39 +169,40 @@ class Experiments:
             self._catalogs[url] = repository, catalog
             return catalog
 
-    def _summaries(self, repository: str) -> list[ExperimentSummary]:
-        """Every experiment, oldest first."""
+    def _view(self, repository: str) -> _View:
+        # The journal first: a job that is stored in between is then seen in both and not in neither.
+        jobs = _Overlay(self._journal.unfinished(repository), self._journal.runs())
         catalog = self._catalog(repository)
         catalog.refresh()
-        jobs = self._overlay(repository)
-        entries = list(catalog.entries())
+        return _View(repository, catalog, jobs)
+
+    def _summaries(self, view: _View) -> list[ExperimentSummary]:
+        """Every experiment, oldest first."""
+        entries = list(view.catalog.entries())
         known = {entry.record.id for entry in entries}
-        pending = [_pending_entry(job) for job in jobs.experiments.values() if job.id not in known]
-        summaries = [self._summarise(catalog, repository, entry, jobs) for entry in [*entries, *pending]]
+        pending = [_pending_entry(job) for job in view.jobs.experiments.values() if job.id not in known]
+        summaries = [self._summarise(view, entry) for entry in [*entries, *pending]]
         return sorted(summaries, key=lambda s: (s.record.created, s.record.id))
 
-    def _summary(self, catalog: Catalog, repository: str, experiment_id: str) -> ExperimentSummary:
-        jobs = self._overlay(repository)
-        entry = next(catalog.entries(experiment_id), None)
+    def _summary(self, view: _View, experiment_id: str) -> ExperimentSummary:
+        entry = next(view.catalog.entries(experiment_id), None)
         if entry is None:
-            if experiment_id not in jobs.experiments:
+            if experiment_id not in view.jobs.experiments:
                 raise NotFound(f"experiment {short(experiment_id)} was removed")
-            entry = _pending_entry(jobs.experiments[experiment_id])
-        return self._summarise(catalog, repository, entry, jobs)
+            entry = _pending_entry(view.jobs.experiments[experiment_id])
+        return self._summarise(view, entry)
 
-    def _summarise(
-        self, catalog: Catalog, repository: str, entry: CatalogEntry, jobs: _Overlay
-    ) -> ExperimentSummary:
+    def _summarise(self, view: _View, entry: CatalogEntry) -> ExperimentSummary:
         identifier = entry.record.id
         state, error = entry.state, entry.error
-        job = jobs.experiments.get(identifier)
-        if job is not None:
-            state, error = _visible_state(job), job.error
+        job = view.jobs.experiments.get(identifier)
+        if job is not None and job.state == "failed":
+            state, error = "failed", job.error
         count, latest, best = entry.checkpoint_count, entry.latest, entry.best
-        if identifier in jobs.checkpoints:
-            merged = _merge(catalog.checkpoints(identifier), jobs.checkpoints[identifier])
+        if identifier in view.jobs.checkpoints:
+            merged = self._checkpoints(view, identifier)
             count, latest, best = len(merged), latest_checkpoint(merged), best_checkpoint(merged)
-        status, ended = self._status(repository, entry, jobs)
+        status, ended = self._status(view, entry)
         return ExperimentSummary(
             record=entry.record,
             status=status,
@@ -218,13 +215,13 @@ class Experiments:
             duration_s=_duration(entry, status, ended, latest),
         )
 
-    def _status(self, repository: str, entry: CatalogEntry, jobs: _Overlay) -> tuple[Status, datetime | None]:
+    def _status(self, view: _View, entry: CatalogEntry) -> tuple[Status, datetime | None]:
         record = entry.record
-        run = jobs.runs.get(record.id)
+        run = view.jobs.runs.get(record.id)
         if run is not None:
             # The watcher is about to record the end of a process that is gone.
             return ("running" if is_alive(run.process) else "killed"), None
-        edit = jobs.ends.get(record.id)
+        edit = view.jobs.ends.get(record.id)
         if edit is not None:
             return edit.status, edit.time
         if entry.end_status is not None:
@@ -233,26 +230,29 @@ class Experiments:
         if process is not None and process.boot_id == current_boot_id():
             # Of this machine, recorded by a daemon of another home.
             return ("running" if is_alive(process) else "killed"), None
-        heartbeat = self._repositories.get(repository).load_heartbeat(record.id)
+        heartbeat = self._repositories.get(view.repository).load_heartbeat(record.id)
         if heartbeat is not None and utc_now() - heartbeat.time < HEARTBEAT_FRESH:
             return "running", None
         return "unknown", None
 
-    def _overlay(self, repository: str) -> _Overlay:
-        return _Overlay(self._journal.unfinished(repository), self._journal.runs())
+    def _checkpoints(self, view: _View, experiment_id: str) -> list[CheckpointRecord]:
+        return _merge(view.catalog.checkpoints(experiment_id), view.jobs.checkpoints.get(experiment_id, []))
 
-    def _checkpoints(self, catalog: Catalog, repository: str, experiment_id: str) -> list[CheckpointRecord]:
-        jobs = self._overlay(repository)
-        return _merge(catalog.checkpoints(experiment_id), jobs.checkpoints.get(experiment_id, []))
-
-    def _find_ids(self, catalog: Catalog, repository: str, prefix: str) -> tuple[set[str], dict[str, str]]:
-        experiments, checkpoints = catalog.find_ids(prefix)
-        for job in self._journal.unfinished(repository):
-            if job.kind == "experiment" and job.id.startswith(prefix):
-                experiments.add(job.id)
-            elif job.kind == "checkpoint" and job.id.startswith(prefix):
-                checkpoints[job.id] = job.experiment_id
+    def _find_ids(self, view: _View, prefix: str) -> tuple[set[str], dict[str, str]]:
+        experiments, checkpoints = view.catalog.find_ids(prefix)
+        experiments.update(found for found in view.jobs.experiments if found.startswith(prefix))
+        for experiment_id, pending in view.jobs.checkpoints.items():
+            checkpoints.update((c.id, experiment_id) for c in pending if c.id.startswith(prefix))
         return experiments, checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A repository as it is at one moment: what the journal knows, and the refreshed catalog."""
+
+    repository: str
+    catalog: Catalog
+    jobs: _Overlay
 
 
 class _Overlay:

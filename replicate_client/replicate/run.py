@@ -387,7 +387,8 @@ def _for_users(error: ReplicateError) -> Exception:
 
 # What ends with the process. A forked child has the list of its parent, and other runs of its own.
 
-_lock = threading.Lock()
+#: Re-entrant, because a signal handler may record a checkpoint at any moment.
+_lock = threading.RLock()
 _runs: list[Run] = []
 _is_exiting = False
 #: An exception went through all of the main thread's code.
@@ -461,7 +462,7 @@ def _tell_backlog(left: Sequence[Backlog], *, quiet: bool) -> None:
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_renew_lock)

@@ -60,8 +60,7 @@ print("done")
 @pytest.mark.parametrize("busy", ["nothing", "calls", "long calls", "streams"])
 def test_children_and_parents_can_call_after_fifty_forks(server, run_script, busy):
     server()
-    # Python 3.12 warns of any fork in a process with threads.
-    done = run_script(SCRIPT, busy, "50", options=())
+    done = run_script(SCRIPT, busy, "50")
     assert (done.status, done.output, done.errors) == (0, "done\n", "")
 
 
@@ -97,7 +96,7 @@ with multiprocessing.get_context("fork").Pool(4) as pool:
     print(len(set(pool.map(answer, range(100)))))
 answer(0)
 """
-    done = run_script(source, options=())
+    done = run_script(source)
     assert (done.status, done.output, done.errors) == (0, "100\n", "")
 
 
@@ -118,7 +117,7 @@ for _ in range(5):
     if os.wait()[1]:
         sys.exit("a child failed")
 """
-    done = run_script(source, options=())
+    done = run_script(source)
     assert (done.status, done.errors) == (0, "")
 
 

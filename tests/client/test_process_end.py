@@ -164,7 +164,7 @@ thread.join()
 experiment.refresh()
 print(sum(c.metrics["worker"] >= 0 for c in experiment.checkpoints))
 """
-    done = run_script(source, options=())
+    done = run_script(source)
     assert (done.status, done.output, done.errors) == (0, "40\n", "")
 
 
@@ -277,3 +277,31 @@ replicate.flush()
     assert done.output == "nothing was recorded: REPLICATE_DISABLED is set\n" * 2
     assert list(home.iterdir()) == []
     assert os.listdir(project) == ["script.py"]
+
+
+def test_checkpoints_can_be_made_in_a_signal_handler_at_any_moment(run_script):
+    source = """
+import signal
+import replicate
+
+experiment = replicate.init(quiet=True)
+count = 0
+
+def handler(number, frame):
+    global count
+    count += 1
+    experiment.checkpoint(metrics={"by": "handler"})
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.003, 0.007)
+made = 0
+while count < 30:
+    experiment.checkpoint(metrics={"by": "main"})
+    made += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+experiment.refresh()
+print(sorted(experiment.checkpoints.step) == list(range(made + count)))
+print({checkpoint.state for checkpoint in experiment.checkpoints} <= {"stored", "captured"})
+"""
+    done = run_script(source)
+    assert (done.status, done.output, done.errors) == (0, "True\nTrue\n", "")

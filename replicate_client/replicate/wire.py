@@ -53,9 +53,7 @@ _Word = TypeVar("_Word", bound=str)
 
 def encode_error(error: ReplicateError) -> bytes:
     """An error as the bytes of an ErrorDetail."""
-    detail = pb.ErrorDetail(
-        code=error.code, message=encode_text(error.message), hint=encode_text(error.hint)
-    )
+    detail = pb.ErrorDetail(code=error.code, message=encode_text(error.message), hint=encode_text(error.hint))
     detail.fields.update({name: encode_text(value) for name, value in error.fields.items()})
     return detail.SerializeToString()
 

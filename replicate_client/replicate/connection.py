@@ -360,23 +360,31 @@ class _Link:
             if current is not None and current.is_open and current.home == home:
                 return current
             launch = Launch(home)
-            _load_grpc()  # meanwhile
-            launch.wait(deadline)
-            channel = self._open(home)
             try:
-                daemon = channel.hello()
-                if daemon.protocol != wire.PROTOCOL_VERSION:
-                    raise _incompatible(
-                        f"it is version {daemon.version} with protocol {daemon.protocol},"
-                        f" this library speaks {wire.PROTOCOL_VERSION}"
-                    )
-            except BaseException:
-                self._close(channel)
-                raise
+                _load_grpc()  # meanwhile
+                launch.wait(deadline)
+                channel, daemon = self._handshake(home)
+                launch.end(daemon.pid)
+            finally:
+                launch.end()
             self._current = channel
             if current is not None:
                 self._close(current)
             return channel
+
+    def _handshake(self, home: Home) -> tuple[_Channel, DaemonInfo]:
+        channel = self._open(home)
+        try:
+            daemon = channel.hello()
+            if daemon.protocol != wire.PROTOCOL_VERSION:
+                raise _incompatible(
+                    f"it is version {daemon.version} with protocol {daemon.protocol},"
+                    f" this library speaks {wire.PROTOCOL_VERSION}"
+                )
+        except BaseException:
+            self._close(channel)
+            raise
+        return channel, daemon
 
     @contextmanager
     def opened(self, home: Home) -> Iterator[_Channel]:

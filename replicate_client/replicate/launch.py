@@ -95,34 +95,49 @@ class Launch:
         """
         begun = time.monotonic()
         deadline = min(begun + START_TIMEOUT_S, begun + START_TIMEOUT_S if deadline is None else deadline)
-        try:
-            while not is_listening(self._home):
-                status = self._process.poll() if self._process else 0
-                if status is not None:
-                    # It may have lost against another one, which is seen only now.
-                    if is_listening(self._home):
-                        return
-                    if self._starts >= _MAX_STARTS:
-                        raise self._died(status)
-                    self._start()
-                if time.monotonic() > deadline:
-                    raise DaemonUnavailable(
-                        f"the daemon was started but does not listen after {deadline - begun:.1f} s",
-                        hint=f"its log is {self._home.log_file}",
-                    )
-                time.sleep(_POLL_S)
-        finally:
-            self._detach()
+        while not is_listening(self._home):
+            status = self._process.poll() if self._process else 0
+            if status is not None:
+                # It may have lost against another one, which is seen only now.
+                if is_listening(self._home):
+                    return
+                if self._starts >= _MAX_STARTS:
+                    raise self._died(status)
+                self._start()
+            if time.monotonic() > deadline:
+                raise DaemonUnavailable(
+                    f"the daemon was started but does not listen after {deadline - begun:.1f} s",
+                    hint=f"its log is {self._home.log_file}",
+                )
+            time.sleep(_POLL_S)
+
+    def end(self, daemon_pid: int | None = None) -> None:
+        """Let the started process go on by itself; must be called, and may be repeated.
+
+        With the pid of the daemon that answers, another one that was started here is ended: it lost the
+        race, and would take over as soon as the winner leaves.
+        """
+        if self._process is not None:
+            if self._process.poll() is None:
+                if daemon_pid not in (None, self._process.pid):
+                    self._process.terminate()
+                _children.append(self._process.pid)
+                # It outlives us on purpose; Popen would warn of that when it is deleted.
+                self._process.returncode = 0
+            self._process = None
+        if self._said is not None:
+            self._said.close()
+            self._said = None
 
     def _start(self) -> None:
-        self._detach()
+        self.end()
         _reap()
         if not sys.executable:
             raise DaemonUnavailable(
                 "cannot start the daemon: this program does not say where its Python is",
                 hint="start it with `replicate daemon start`",
             )
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _detach)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "replicated", "serve", "--on-demand"],
@@ -155,17 +170,6 @@ class Launch:
         advice = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
         spoken = [line.removeprefix("error: ") for line in lines if line and not line.startswith("hint: ")]
         return spoken[-1] if spoken else "it said nothing", advice[-1] if advice else ""
-
-    def _detach(self) -> None:
-        if self._process is not None:
-            if self._process.poll() is None:
-                _children.append(self._process.pid)
-                # It outlives us on purpose; Popen would warn of that when it is deleted.
-                self._process.returncode = 0
-            self._process = None
-        if self._said is not None:
-            self._said.close()
-            self._said = None
 
 
 def is_alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,23 @@ def _wait_until():
     return wait_until
 
 
+def daemons_of(home: Path):
+    """Pids of the daemons that were started for a home, listening or not."""
+    setting = b"REPLICATE_HOME=" + os.fsencode(home)
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            is_ours = setting in (directory / "environ").read_bytes().split(b"\0")
+            if is_ours and b"replicated\0serve" in (directory / "cmdline").read_bytes():
+                yield int(directory.name)
+        except OSError:
+            continue  # it has just ended
+
+
+@pytest.fixture(name="daemons_of")
+def _daemons_of():
+    return daemons_of
+
+
 @pytest.fixture
 def home(monkeypatch):
     """REPLICATE_HOME in a new directory; whatever daemon runs there at the end is stopped."""
@@ -89,6 +107,8 @@ def home(monkeypatch):
     monkeypatch.delenv("REPLICATE_DISABLED", raising=False)
     yield directory
     connection.stop_daemon()
+    for pid in daemons_of(directory):
+        os.kill(pid, signal.SIGKILL)
     shutil.rmtree(directory)
 
 

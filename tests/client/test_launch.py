@@ -72,7 +72,7 @@ def test_many_threads_start_one_daemon(home):
     assert len(set(pids)) == 1
 
 
-def test_many_processes_start_one_daemon(home):
+def test_many_processes_start_one_daemon(home, daemons_of, wait_until):
     source = "from replicate import query; print(query.status().daemon.pid)"
     children = [
         subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) for _ in range(4)
@@ -80,6 +80,8 @@ def test_many_processes_start_one_daemon(home):
     pids = [child.communicate()[0] for child in children]
     assert [child.returncode for child in children] == [0] * 4
     assert len(set(pids)) == 1
+    # Those that lost the race have been ended, and do not wait to take over.
+    wait_until(lambda: list(daemons_of(home)) == [int(pids[0])], "one daemon is left")
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])

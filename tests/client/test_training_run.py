@@ -303,12 +303,12 @@ def test_patterns_of_the_call_and_of_the_file_are_ignored(begin, project):
     assert [entry.path for entry in checkpoint.files()] == expected
 
 
-def test_trouble_does_not_stop_the_training(begin, project, monkeypatch, capsys):
+def test_trouble_does_not_stop_the_training(begin, project, capsys):
     experiment = begin()
-    monkeypatch.setenv("REPLICATE_HOME", str(project / "file"))
     (project / "file").write_text("in the way")
-    checkpoints = [experiment.checkpoint(metrics={"loss": 1}) for _ in range(3)]
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setenv("REPLICATE_HOME", str(project / "file"))
+        checkpoints = [experiment.checkpoint(metrics={"loss": 1}) for _ in range(3)]
     assert {checkpoint.state for checkpoint in checkpoints} == {"failed"}
     assert "REPLICATE_HOME" in checkpoints[0].error or "file" in checkpoints[0].error
     assert capsys.readouterr().err.count("replicate: a checkpoint was not saved") == 1

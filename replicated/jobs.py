@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from replicate.errors import CaptureFailed, ReplicateError, RepositoryError
+from replicate.errors import CaptureFailed, NotFound, ReplicateError
 from replicate.ids import SnapshotId, short
 from replicated.format.metadata import EndEdit, decode_edit
 from replicated.journal import Job, Journal
@@ -143,6 +143,10 @@ class Jobs:
         return self._stopping
 
 
+class _ExperimentGone(ReplicateError):
+    """The experiment of a checkpoint or edit was deleted from the repository: there is no place for it."""
+
+
 class _Stopped(Exception):
     """The daemon stops: the job is left as it is."""
 
@@ -177,7 +181,7 @@ class _Worker:
                 continue
             except _Stopped:
                 return
-            except CaptureFailed as error:
+            except (CaptureFailed, _ExperimentGone) as error:
                 self._fail(job, error.message)
                 continue
             except ReplicateError as error:
@@ -200,7 +204,11 @@ class _Worker:
 
     def _store(self, job: Job) -> None:
         jobs = self._jobs
-        repository = jobs._repositories.get(job.repository, create=True)
+        # Only an experiment may make a repository: elsewhere a missing one has been moved or unmounted, and
+        # an empty one in its place would take in checkpoints of experiments that it does not hold.
+        repository = jobs._repositories.get(job.repository, create=job.kind == "experiment")
+        if job.kind != "experiment":
+            self._check_experiment(repository, job)
         if job.kind == "edit":
             with jobs.publishing:
                 _put_edit(repository, job)
@@ -218,18 +226,24 @@ class _Worker:
                 return
             if snapshot is not None:
                 repository.put_snapshot(snapshot)
-            self._publish(repository, job)
+            if job.kind == "experiment":
+                repository.put_experiment(job.experiment())
+            else:
+                record = job.checkpoint()
+                # One whose files could not be captured is published too, for the sake of its metrics.
+                stored = record if record.error else dataclasses.replace(record, state="stored")
+                repository.put_checkpoint(stored)
         self._finish(job)
 
-    def _publish(self, repository: Repository, job: Job) -> None:
-        if job.kind == "experiment":
-            repository.put_experiment(job.experiment())
-            return
-        record = job.checkpoint()
-        repository.put_checkpoint(record if record.error else dataclasses.replace(record, state="stored"))
+    def _check_experiment(self, repository: Repository, job: Job) -> None:
+        try:
+            repository.load_experiment(job.experiment_id)
+        except NotFound:
+            raise _ExperimentGone(
+                f"experiment {short(job.experiment_id)} is not in {job.repository} any more"
+            ) from None
 
     def _finish(self, job: Job) -> None:
-        # A checkpoint whose files could not be captured is published too, for the sake of its metrics.
         error = job.checkpoint().error if job.kind == "checkpoint" else ""
         self._jobs._journal.finish(job.id, "failed" if error else "stored", time.time_ns(), error)
         if job.has_files:
@@ -241,16 +255,17 @@ class _Worker:
         _log.error("%s %s will not be stored: %s", job.kind, short(job.id), reason)
         jobs = self._jobs
         try:
-            repository = jobs._repositories.get(job.repository, create=True)
+            repository = jobs._repositories.get(job.repository)
             with jobs.publishing:
                 if job.kind == "experiment":
                     repository.put_experiment(job.experiment())
                 elif job.kind == "checkpoint":
+                    self._check_experiment(repository, job)
                     repository.put_checkpoint(
                         dataclasses.replace(job.checkpoint(), state="failed", error=reason)
                     )
-        except RepositoryError as error:
-            _log.warning("the record of %s could not be written either: %s", short(job.id), error)
+        except ReplicateError as error:
+            _log.warning("the record of %s was not written either: %s", short(job.id), error)
         jobs._journal.finish(job.id, "failed", time.time_ns(), reason)
         if job.has_files:
             jobs._spool.remove(job.id)

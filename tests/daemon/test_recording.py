@@ -132,6 +132,34 @@ def test_snapshots_are_listed_as_captured_until_they_are_stored_and_never_half(p
     assert project.read(checkpoint.id, "a") == b"x"
 
 
+def test_a_repository_that_was_moved_is_waited_for_and_not_made_anew(project, wait_until):
+    experiment = project.init()
+    project.flush()
+    repository = project.directory / ".replicate"
+    repository.rename(project.directory / "moved")
+    checkpoint = project.checkpoint(experiment, metrics={"loss": 1.0})
+
+    def reason():
+        return project.daemon.stub.GetStatus(pb.GetStatusRequest()).waiting_because
+
+    assert "no repository at" in wait_until(reason, "the status says what it waits for")
+    assert not repository.exists()
+    (project.directory / "moved").rename(repository)
+    assert project.flush().failed == 0
+    assert [c.id for c in project.checkpoints(experiment.id)] == [checkpoint.id]
+
+
+def test_a_checkpoint_of_an_experiment_that_somebody_else_deleted_fails(project):
+    experiment = project.init()
+    project.flush()
+    shutil.rmtree(project.directory / ".replicate")
+    project.init()
+    project.checkpoint(experiment, metrics={"loss": 1.0})
+    reply = project.flush()
+    assert reply.failed == 1
+    assert "is not in file://" in reply.failures[0].error
+
+
 def test_reading_what_is_not_stored_yet_says_so(project, error_of):
     project.write("a", os.urandom(200 << 20))
     experiment = project.init("a")

@@ -115,6 +115,12 @@ class Jobs:
             waiting_because=waiting,
         )
 
+    def waiting_because(self, repository: str) -> str:
+        """Why nothing can be stored in a repository at the moment; empty when it can."""
+        with self._lock:
+            worker = self._workers.get(repository)
+        return worker.waiting_because if worker else ""
+
     def wait(self, ids: Iterable[str], timeout_s: float) -> None:
         """Return when no captured job is left, of these experiments and checkpoints or of all, or late."""
         wanted = frozenset(ids)
@@ -171,6 +177,7 @@ class _Worker:
         while not self._jobs.is_stopping:
             job = self._jobs._journal.next_captured(self._repository)
             if job is None:
+                self.waiting_because = ""
                 self.wake.wait()
                 self.wake.clear()
                 continue

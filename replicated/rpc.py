@@ -192,16 +192,25 @@ class _Servicer(pb_grpc.DaemonServicer):
     def CreateExperiment(self, request: pb.CreateExperimentRequest) -> pb.CaptureReply:
         record = wire.decode_experiment(request.experiment)
         capture = _decode_capture(record.id, request.capture)
-        return _encode_accepted(
-            self._services.intake.create_experiment(_repository(request.repository), record, capture)
-        )
+        repository = _repository(request.repository)
+        accepted = self._services.intake.create_experiment(repository, record, capture)
+        return self._encode_accepted(repository, accepted)
 
     @_unary
     def CreateCheckpoint(self, request: pb.CreateCheckpointRequest) -> pb.CaptureReply:
         record = wire.decode_checkpoint(request.checkpoint)
         capture = _decode_capture(record.id, request.capture)
-        return _encode_accepted(
-            self._services.intake.create_checkpoint(_repository(request.repository), record, capture)
+        repository = _repository(request.repository)
+        accepted = self._services.intake.create_checkpoint(repository, record, capture)
+        return self._encode_accepted(repository, accepted)
+
+    def _encode_accepted(self, repository: str, accepted: Accepted) -> pb.CaptureReply:
+        return pb.CaptureReply(
+            file_count=accepted.captured.file_count,
+            size_bytes=accepted.captured.size_bytes,
+            warnings=map(wire.encode_text, accepted.captured.warnings),
+            state=accepted.state,
+            waiting_because=wire.encode_text(self._services.jobs.waiting_because(repository)),
         )
 
     @_unary
@@ -218,6 +227,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             pending=len(pending),
             bytes_pending=sum(job.size_bytes for job in pending),
             failed=sum(job.state == "failed" for job in jobs),
+            waiting_because=wire.encode_text(self._services.jobs.waiting_because(request.repository)),
         )
 
     @_unary
@@ -526,15 +536,6 @@ def _decode_capture(identifier: str, message: pb.Capture) -> CaptureRequest | No
         paths=tuple(message.paths),
         ignore=tuple(os.fsdecode(pattern) for pattern in message.ignore),
         durable=message.mode == "copy",
-    )
-
-
-def _encode_accepted(accepted: Accepted) -> pb.CaptureReply:
-    return pb.CaptureReply(
-        file_count=accepted.captured.file_count,
-        size_bytes=accepted.captured.size_bytes,
-        warnings=map(wire.encode_text, accepted.captured.warnings),
-        state=accepted.state,
     )
 
 

@@ -264,16 +264,18 @@ class CreateCheckpointRequest(_message.Message):
     def __init__(self, repository: _Optional[str] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ...) -> None: ...
 
 class CaptureReply(_message.Message):
-    __slots__ = ("file_count", "size_bytes", "warnings", "state")
+    __slots__ = ("file_count", "size_bytes", "warnings", "state", "waiting_because")
     FILE_COUNT_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     file_count: int
     size_bytes: int
     warnings: _containers.RepeatedScalarFieldContainer[str]
     state: str
-    def __init__(self, file_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ...) -> None: ...
+    waiting_because: str
+    def __init__(self, file_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., waiting_because: _Optional[str] = ...) -> None: ...
 
 class EndExperimentRequest(_message.Message):
     __slots__ = ("repository", "experiment_id", "status", "ended_ns", "is_exiting")
@@ -290,14 +292,16 @@ class EndExperimentRequest(_message.Message):
     def __init__(self, repository: _Optional[str] = ..., experiment_id: _Optional[str] = ..., status: _Optional[str] = ..., ended_ns: _Optional[int] = ..., is_exiting: bool = ...) -> None: ...
 
 class EndExperimentReply(_message.Message):
-    __slots__ = ("pending", "bytes_pending", "failed")
+    __slots__ = ("pending", "bytes_pending", "failed", "waiting_because")
     PENDING_FIELD_NUMBER: _ClassVar[int]
     BYTES_PENDING_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     pending: int
     bytes_pending: int
     failed: int
-    def __init__(self, pending: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+    waiting_because: str
+    def __init__(self, pending: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., failed: _Optional[int] = ..., waiting_because: _Optional[str] = ...) -> None: ...
 
 class ResumeExperimentRequest(_message.Message):
     __slots__ = ("target", "process", "at_ns")

@@ -32,6 +32,8 @@ GOALS: tuple[str, ...] = get_args(Goal)
 MAX_VALUE_DEPTH = 28
 #: Params and metrics are for looking at and comparing; bulk belongs into a file.
 MAX_VALUE_BYTES = 1 << 20
+#: Some 3900 digits; Python refuses to write and read numbers of more than 4300.
+MAX_INTEGER_BITS = 13_000
 MAX_STEP = 2**63 - 1
 
 
@@ -72,6 +74,11 @@ class System:
     memory_bytes: int = 0
     gpus: tuple[Gpu, ...] = ()
     driver: str = ""
+
+    @property
+    def memory(self) -> int:
+        """Main memory in bytes."""
+        return self.memory_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,18 +275,18 @@ def validate_primary_metric(primary: object, metrics: Mapping[str, Value]) -> Pr
     if name not in metrics:
         known = ", ".join(sorted(metrics)) or "none"
         raise ValueError(f"primary_metric names {name!r}, which is not in metrics (there: {known})")
-    return PrimaryMetric(name, goal)
+    return PrimaryMetric(_plain(name), "minimize" if goal == "minimize" else "maximize")
 
 
 def validate_text(text: object, argument: str) -> str:
-    """A `str` that can be written as UTF-8; raises `TypeError` or `ValueError`."""
+    """A plain `str` that can be written as UTF-8; raises `TypeError` or `ValueError`."""
     if not isinstance(text, str):
         raise TypeError(f"{argument} must be a str, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{argument} holds a lone surrogate and is not text: {text!r}") from None
-    return text
+    return _plain(text)
 
 
 def validate_tags(tags: object) -> tuple[str, ...]:
@@ -320,12 +327,10 @@ def _validate_value(value: object, where: str, depth: int, budget: _Budget) -> V
     budget.spend(8)
     # Exact types first: subclasses such as numpy.float64 are reduced to the plain type below.
     if value is None or type(value) in (bool, int, float):
-        if type(value) is int and value.bit_length() > 64:
-            budget.spend(value.bit_length() // 3)
-        return value  # type: ignore[return-value]
+        return value if type(value) is not int else _check_integer(value, where)  # type: ignore[return-value]
     if isinstance(value, str):
         budget.spend(len(value))
-        return validate_text(str(value), where)
+        return validate_text(value, where)
     if isinstance(value, PurePath):
         return validate_text(str(value), where)
     if isinstance(value, (datetime, date)):
@@ -341,22 +346,31 @@ def _validate_value(value: object, where: str, depth: int, budget: _Budget) -> V
             _validate_key(key, where): _validate_value(item, f"{where}[{key!r}]", depth + 1, budget)
             for key, item in value.items()
         }
-    if isinstance(value, (bool, int, float)):
-        return _unwrap_number(value)
-    unwrapped = _unwrap_array(value, budget)
-    if unwrapped is not value:
-        return _validate_value(unwrapped, where, depth + 1, budget)
+    if isinstance(value, int):
+        return _check_integer(int(value), where)
+    if isinstance(value, float):
+        return float(value)
+    count = _count_elements(value)
+    if count is not None:
+        budget.spend(8 * count)
+        unwrapped = _unwrap_array(value, where)
+        if type(unwrapped) is not type(value):
+            return _validate_value(unwrapped, where, depth + 1, budget)
     raise TypeError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be recorded; "
         "use bool, int, float, str, None, list, dict, an array or a tensor"
     )
 
 
-def _unwrap_number(value: bool | int | float) -> Value:
-    """The plain number inside a subclass of a number, such as an IntEnum or numpy.float64."""
-    if isinstance(value, bool):
-        return bool(value)
-    return int(value) if isinstance(value, int) else float(value)
+def _plain(text: str) -> str:
+    """The text itself of a subclass such as an Enum, whose `str` is the name of the member."""
+    return str.__str__(text)
+
+
+def _check_integer(value: int, where: str) -> int:
+    if value.bit_length() > MAX_INTEGER_BITS:
+        raise ValueError(f"{where} is an int of {value.bit_length()} bits; at most {MAX_INTEGER_BITS} fit")
+    return value
 
 
 def _unwrap_scalar(value: object) -> object:
@@ -366,30 +380,43 @@ def _unwrap_scalar(value: object) -> object:
     item = getattr(value, "item", None)
     shape = getattr(value, "shape", None)
     if callable(item) and shape is not None and len(shape) == 0:
-        return item()
+        try:
+            return item()
+        except Exception:  # of the tensor's library; what cannot be read is no number
+            return value
     return value
 
 
-def _unwrap_array(value: object, budget: _Budget) -> object:
-    """Arrays and tensors as (nested lists of) Python numbers; anything else as it is.
-
-    They are known by what they share: `shape` and `tolist` (numpy, torch, JAX) or `numpy` (TensorFlow).
-    """
+def _count_elements(value: object) -> int | None:
+    """How many elements an array or tensor has; None for anything else."""
     shape = getattr(value, "shape", None)
     if shape is None or isinstance(value, type):
-        return value
+        return None
     try:
-        budget.spend(8 * math.prod(int(length) for length in shape))
-    except TypeError:
-        return value
-    for method in ("detach", "cpu"):
-        step = getattr(value, method, None)
-        if callable(step):
-            value = step()
-    as_list = getattr(value, "tolist", None)
-    if callable(as_list):
-        return as_list()
-    as_numpy = getattr(value, "numpy", None)
-    if callable(as_numpy):
-        return as_numpy().tolist()
-    return value
+        return math.prod(int(length) for length in shape)
+    except (TypeError, ValueError):
+        return None
+
+
+def _unwrap_array(value: object, where: str) -> object:
+    """An array or tensor as (nested lists of) Python numbers, or as it is when that cannot be had.
+
+    They are known by what they share: `tolist` (numpy, torch, JAX) or `numpy` (TensorFlow). Raises
+    `TypeError` when the array's own code fails, with whatever exception.
+    """
+    try:
+        for method in ("detach", "cpu"):
+            step = getattr(value, method, None)
+            if callable(step):
+                value = step()
+        if callable(as_list := getattr(value, "tolist", None)):
+            plain = as_list()
+        elif callable(as_numpy := getattr(value, "numpy", None)):
+            plain = as_numpy().tolist()
+        else:
+            return value
+        # numpy.longdouble gives itself; Python has no float of that precision.
+        is_float = type(plain) is type(value) and getattr(getattr(value, "dtype", None), "kind", "") == "f"
+        return float(plain) if is_float else plain
+    except Exception as error:
+        raise TypeError(f"{where} cannot be read: {type(error).__name__}: {error}") from error

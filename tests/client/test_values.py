@@ -24,6 +24,10 @@ class Colour(enum.IntEnum):
     RED = 1
 
 
+class Optimiser(str, enum.Enum):
+    ADAM = "adam"
+
+
 class Tensor:
     """What torch, TensorFlow and JAX tensors have in common with one another."""
 
@@ -48,6 +52,13 @@ class TensorFlowTensor(Tensor):
         return self._data
 
 
+class BrokenTensor(TorchTensor):
+    def tolist(self):
+        raise RuntimeError("device lost")
+
+    item = tolist
+
+
 @pytest.mark.parametrize(
     ("given", "recorded"),
     [
@@ -63,6 +74,11 @@ class TensorFlowTensor(Tensor):
         (date(2026, 11, 23), "2026-11-23"),
         (datetime(2026, 11, 23, 6, tzinfo=timezone.utc), "2026-11-23T06:00:00+00:00"),
         (Colour.RED, 1),
+        (Optimiser.ADAM, "adam"),
+        ({Optimiser.ADAM: [Optimiser.ADAM]}, {"adam": ["adam"]}),
+        pytest.param(2 - 2**13_000, 2 - 2**13_000, id="largest"),
+        (np.longdouble(1.5), 1.5),
+        (np.array([0.5], dtype=np.longdouble), [0.5]),
         (np.float32(0.5), 0.5),
         (np.float64(0.1), 0.1),
         (np.int64(3), 3),
@@ -89,10 +105,27 @@ def test_nothing_is_no_values():
     assert validate_mapping(None, "params") == {}
 
 
-@pytest.mark.parametrize("value", [object(), b"bytes", {1, 2}, 1j, lambda: 0, np.array([object()])])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(object(), b"bytes", {1, 2}, 1j, lambda: 0, np.array([object()])),
+        *(np.clongdouble(1.5), BrokenTensor(1.0), BrokenTensor([1.0])),
+    ],
+)
 def test_other_types_are_a_type_error_that_names_the_key(value):
     with pytest.raises(TypeError, match=r"params\['model'\]\['layer'\]"):
         validate_mapping({"model": {"layer": value}}, "params")
+
+
+def test_why_a_tensor_cannot_be_read_is_told():
+    with pytest.raises(TypeError, match=r"params\['a'\] cannot be read: RuntimeError: device lost"):
+        validate_mapping({"a": BrokenTensor([1.0])}, "params")
+
+
+def test_integers_without_bounds_are_refused_with_the_key():
+    for value in (10**5000, -(10**5000), [10**5000]):
+        with pytest.raises(ValueError, match=r"params\['seed'\].* is an int of 16610 bits"):
+            validate_mapping({"seed": value}, "params")
 
 
 @pytest.mark.parametrize("values", [[], "text", 5])
@@ -134,7 +167,7 @@ def test_steps_are_whole_numbers(given, step):
     assert validate_step(given) == step
 
 
-@pytest.mark.parametrize("step", [1.0, math.nan, "3", True, None, np.float64(1), [1]])
+@pytest.mark.parametrize("step", [1.0, math.nan, "3", True, None, np.float64(1), [1], BrokenTensor(1)])
 def test_steps_of_other_types_are_a_type_error(step):
     with pytest.raises(TypeError, match="step must be an int"):
         validate_step(step)
@@ -191,3 +224,16 @@ def test_text_is_text():
     assert validate_text("name", "name") == "name"
     with pytest.raises(TypeError, match="name must be a str, not int"):
         validate_text(5, "name")
+
+
+def test_text_is_a_plain_str():
+    for text in (
+        validate_text(Optimiser.ADAM, "name"),
+        validate_tags([Optimiser.ADAM])[0],
+        validate_primary_metric((Optimiser.ADAM, "minimize"), {"adam": 1}).name,
+    ):
+        assert (text, type(text)) == ("adam", str)
+
+
+def test_the_memory_of_a_machine_has_a_short_name():
+    assert records.System(memory_bytes=4096).memory == 4096

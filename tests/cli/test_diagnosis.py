@@ -66,10 +66,9 @@ def test_a_missing_run_directory_is_in_order(home):
     assert check_run_directory(home)[0].outcome == "ok"
 
 
-def test_a_socket_path_that_the_kernel_refuses_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("REPLICATE_HOME", str(tmp_path / ("x" * 100)))
-    finding = check_run_directory(find_home())[0]
-    assert finding.outcome == "fail" and "REPLICATE_HOME" in finding.hint
+def test_a_socket_path_longer_than_the_kernel_takes_is_in_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLICATE_HOME", str(tmp_path / ("x" * 200)))
+    assert check_run_directory(find_home())[0].outcome == "ok"
 
 
 def test_the_journal_on_shared_memory_is_a_warning(home):

@@ -43,16 +43,18 @@ class Console:
 
     def write(self, text: str) -> None:
         """Print rendered data, lines and all, on stdout."""
-        self._out.write(text)
+        with self._writing():
+            self._out.write(text)
 
     def write_bytes(self, data: bytes) -> None:
         """Pass bytes on to stdout as they are."""
-        self._out.flush()
-        self._out.buffer.write(data)
+        with self._writing():
+            self._out.flush()
+            self._out.buffer.write(data)
 
     def write_json(self, data: Json) -> None:
         """Print one JSON document on stdout."""
-        self._out.write(to_json(data) + "\n")
+        self.write(to_json(data) + "\n")
 
     def write_json_array(self, items: Iterable[Json]) -> None:
         """Print a JSON array on stdout item by item, however many there are.
@@ -61,14 +63,19 @@ class Console:
         """
         opening = "[\n"
         for item in items:
-            self._out.write(opening + textwrap.indent(to_json(item), "  "))
+            self.write(opening + textwrap.indent(to_json(item), "  "))
             opening = ",\n"
-        self._out.write("[]\n" if opening == "[\n" else "\n]\n")
+        self.write("[]\n" if opening == "[\n" else "\n]\n")
 
     def note(self, text: str) -> None:
         """Say something on stderr that is not an error."""
-        self._err.write(text + "\n")
-        self._err.flush()
+        try:
+            self._err.write(text + "\n")
+            self._err.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # a full disk: there is nobody to tell
+            _forget(self._err)
 
     def warn(self, text: str) -> None:
         """Say something on stderr that the user should look at."""
@@ -115,10 +122,25 @@ class Console:
     def flush(self) -> None:
         """Write out what is buffered; raises `BrokenPipeError` when nobody reads any more."""
         self._flush_out()
-        self._err.flush()
+
+    def forget_output(self) -> None:
+        """Let the interpreter's last flush go nowhere, so that it has nothing to complain about."""
+        _forget(self._out)
 
     def _flush_out(self) -> None:
-        self._out.flush()
+        with self._writing():
+            self._out.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Makes the system's refusal of output one that names stdout."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self.forget_output()
+            raise ReplicateError(f"cannot write to stdout: {error.strerror}") from error
 
     def _paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._err_colors else text
@@ -171,6 +193,13 @@ def _usable(stream: TextIO | None) -> TextIO:
         # A locale without UTF-8 must not turn a name into a traceback.
         reconfigure(errors="backslashreplace")
     return stream
+
+
+def _forget(stream: TextIO) -> None:
+    """Send to nowhere what the stream holds and all that will be written to it."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, stream.fileno())
+    os.close(sink)
 
 
 def _is_smart_terminal(stream: TextIO) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from replicate._version import __version__
+from replicate.cli.refusals import describe_refusal
 from replicate.config import ProjectConfig
 from replicate.errors import ReplicateError
 from replicate.home import Home, check_private
@@ -25,8 +26,6 @@ from replicate.phrases import format_size
 
 Outcome = Literal["ok", "warn", "fail"]
 
-#: Longer paths of Unix sockets are refused by the kernel (sun_path without its NUL).
-_MAX_SOCKET_PATH = 107
 _FULL_BYTES = 100 << 20
 _LOW_BYTES = 1 << 30
 #: SQLite's locks and fsync cannot be relied on there.
@@ -63,6 +62,9 @@ def diagnose(home: Home, find_project: Callable[[], ProjectConfig]) -> Iterator[
     except ReplicateError as error:
         yield Finding("Project", "fail", error.message, error.hint)
         return
+    except OSError as error:
+        yield Finding("Project", "fail", *describe_refusal(error))
+        return
     yield Finding("Project", "ok", f"{project.directory} (repository {project.repository})")
     yield from run_check("Repository", lambda: check_repository(project))
 
@@ -74,7 +76,7 @@ def run_check(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     except ReplicateError as error:
         return [Finding(name, "fail", error.message, error.hint)]
     except OSError as error:
-        return [Finding(name, "fail", f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))]
+        return [Finding(name, "fail", *describe_refusal(error))]
 
 
 def check_python() -> list[Finding]:
@@ -104,16 +106,7 @@ def check_name_clash() -> list[Finding]:
 
 
 def check_run_directory(home: Home) -> list[Finding]:
-    """Whether only this user can reach the socket, and whether its path is short enough."""
-    if len(os.fsencode(home.socket)) > _MAX_SOCKET_PATH:
-        return [
-            Finding(
-                "Run directory",
-                "fail",
-                f"the path of the socket is longer than {_MAX_SOCKET_PATH} bytes: {home.socket}",
-                "set REPLICATE_HOME to a directory with a shorter path",
-            )
-        ]
+    """Whether only this user can reach the socket."""
     try:
         check_private(home.run)
     except FileNotFoundError:

@@ -1,15 +1,15 @@
 """The console script `replicate`: runs one command line and turns whatever happens into an exit status.
 
 0 done, 1 failed, 2 wrong usage, 3 daemon or repository unreachable, 130 interrupted, 141 nobody reads our
-output any more. Errors are one line on stderr (and a hint); a traceback is shown only for a bug of ours,
-and only with `--verbose`.
+output any more, 143 a foreground mount ended by SIGTERM. Errors are one line on stderr (and a hint); a
+traceback is shown only for a bug of ours, and only with `--verbose`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -39,26 +39,36 @@ def run(arguments: Sequence[str]) -> int:
     if "_REPLICATE_COMPLETE" in os.environ:
         program.main(prog_name="replicate")  # answers the shell and exits
     session = Session()
+
+    def invoke() -> None:
+        with program.make_context("replicate", list(arguments), obj=session) as context:
+            program.invoke(context)
+
     try:
-        try:
-            with program.make_context("replicate", list(arguments), obj=session) as context:
-                program.invoke(context)
-            status = 0
-        except BrokenPipeError:
-            raise
-        except BaseException as error:
-            status = _report(error, session)
-        session.console.flush()
+        status = _attempt(invoke, session)
+        status = _attempt(session.console.flush, session) or status
     except BrokenPipeError:
-        _forget_output()
+        session.console.forget_output()
         status = _PIPE_CLOSED
     return status
+
+
+def _attempt(action: Callable[[], None], session: Session) -> int:
+    """Do it and report what it raises; returns the exit status. A `BrokenPipeError` is passed on."""
+    try:
+        action()
+    except BrokenPipeError:
+        raise
+    except BaseException as error:
+        return _report(error, session)
+    return 0
 
 
 def _report(error: BaseException, session: Session) -> int:
     """Say what went wrong; returns the exit status for it."""
     import click
 
+    from replicate.cli.refusals import describe_refusal
     from replicate.errors import ReplicateError
 
     console = session.console
@@ -80,9 +90,8 @@ def _report(error: BaseException, session: Session) -> int:
 
         console.note("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, OSError):
-        # The system's refusal, not our mistake: a full disk behind stdout, a directory we may not enter.
-        where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
-        console.fail(f"{error.strerror or error}{where}")
+        # The system's refusal, not our mistake: a directory we may not enter, for example.
+        console.fail(*describe_refusal(error))
     else:
         console.fail(f"this is a bug in replicate: {type(error).__name__}: {error}", _bug_hint(None))
     return 1
@@ -113,11 +122,6 @@ def _explain_usage(error: click.ClickException) -> tuple[str, str]:
         near = error.possibilities[0] if error.possibilities else ""
         return f"no such option: {error.option_name}", f"did you mean `{near}`?" if near else hint
     message = error.format_message().strip().rstrip(".")
+    # How click lists the values of an argument that is missing.
+    message = message.replace(". Choose from:\n\t", ", one of ").replace(",\n\t", ", ")
     return message[:1].lower() + message[1:], hint
-
-
-def _forget_output() -> None:
-    """Let the interpreter's last flush go nowhere, so that it has nothing to complain about."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, sys.stdout.fileno())
-    os.close(sink)

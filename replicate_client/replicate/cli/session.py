@@ -6,6 +6,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from replicate.cli.console import Console
+from replicate.cli.refusals import explain_lost_directory, find_lost_directory
+from replicate.errors import ConfigError
 from replicate.phrases import escape
 
 if TYPE_CHECKING:
@@ -30,7 +32,13 @@ class Session:
         """The project that the command is about; raises `ConfigError`."""
         from replicate.config import find_project
 
-        project = find_project(self.project_directory, self.repository)
+        try:
+            project = find_project(self.project_directory, self.repository)
+        except (ConfigError, FileNotFoundError):
+            if lost := find_lost_directory():
+                message, hint = explain_lost_directory(lost)
+                raise ConfigError(message, hint=hint) from None
+            raise
         if self.verbose:
             self.console.note(f"project directory: {escape(str(project.directory))}")
             self.console.note(f"repository: {escape(project.repository)} ({project.repository_origin})")

@@ -64,7 +64,7 @@ def test_an_idle_daemon(idle, view):
 def test_a_busy_daemon_says_how_long_and_what_failed(busy, view):
     assert render_status(busy, view) == (
         "Daemon:   running (pid 7, version 0.1.0, started 2 hours ago)\n"
-        "Queue:    3 snapshots to store (300.0 MiB), 10.0 MiB/s, about 30s left\n"
+        "Queue:    3 items to store (300.0 MiB), 10.0 MiB/s, about 30s left\n"
         "Storing:  c200000, 10.0 MiB of 100.0 MiB\n".replace("c2", "c1")
         + "Held up:  disk full\\n\n"
         "Spool:    1.0 GiB\n"

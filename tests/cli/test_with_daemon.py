@@ -378,15 +378,15 @@ def test_unmount_by_id(project, tmp_path):
     assert not os.path.ismount(directory)
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_a_mount_in_the_foreground_ends_with_a_signal(project, tmp_path, end):
+@pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_mount_in_the_foreground_ends_with_a_signal(project, tmp_path, end, status):
     directory = tmp_path / "m"
     directory.mkdir()
     with running(project, "mount", "latest", directory, "--foreground", stderr=subprocess.PIPE) as process:
         assert process.stderr.readline().endswith("(Ctrl-C ends it)\n")
         assert os.path.ismount(directory)
         process.send_signal(end)
-        assert process.wait(timeout=DEADLINE_S) == 0
+        assert process.wait(timeout=DEADLINE_S) == status
     assert not os.path.ismount(directory)
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import click
 
 from replicate._version import __version__
+from replicate.cli.arguments import check_not_empty
 from replicate.cli.session import Session
 
 
@@ -131,6 +132,7 @@ def _make_global_options() -> list[click.Option]:
 
 def _remember(attribute: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     def callback(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        check_not_empty(context, parameter, value)
         session = context.ensure_object(Session)
         if value:
             setattr(session, attribute, value)

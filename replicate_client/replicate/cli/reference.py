@@ -34,6 +34,7 @@ keys stay, times are RFC 3339 in UTC, sizes are bytes, floats that JSON has not 
 | 3 | the daemon or the repository cannot be reached |
 | 130 | interrupted |
 | 141 | whoever read the output has gone (as in `replicate ls \\| head -1`) |
+| 143 | ended by SIGTERM, after unmounting (`replicate mount --foreground`) |
 """
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from replicate.cli.arguments import check_snapshot_path, id_argument, json_option
+from replicate.cli.arguments import check_not_empty, check_snapshot_path, id_argument, json_option
 from replicate.cli.grammar import Command
 from replicate.cli.json_output import Json, path_json
 from replicate.cli.render.resolutions import exact_reference, name_snapshot
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     "--output-directory",
     metavar="DIR",
     type=click.Path(),
+    callback=check_not_empty,
     help="Where to write (default: the project directory); made if it is missing.",
 )
-@click.option(
-    "--path", metavar="P", default="", callback=check_snapshot_path, help="Only this file or directory."
-)
+@click.option("--path", metavar="P", callback=check_snapshot_path, help="Only this file or directory.")
 @click.option("-f", "--force", is_flag=True, help="Replace files that are in the way without asking.")
 @click.option("--delete", is_flag=True, help="Also remove files that are not in the snapshot.")
 @click.option("--dry-run", is_flag=True, help="Only print what would be done.")

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from click.exceptions import Exit
 
-from replicate.cli.arguments import json_option
+from replicate.cli.arguments import MAX_COUNT, json_option
 from replicate.cli.grammar import Group
 from replicate.cli.json_output import time_json
 from replicate.cli.session import Session
@@ -72,7 +72,7 @@ def stop(session: Session) -> None:
     connection.stop_daemon()
     console.note(f"The daemon stopped (pid {info.pid})")
     if waiting:
-        console.note(f"Not stored yet: {plural(waiting, 'snapshot')}; the next daemon goes on with that")
+        console.note(f"Not stored yet: {plural(waiting, 'item')}; the next daemon goes on with that")
 
 
 @daemon.command("status")
@@ -114,7 +114,7 @@ def status_(session: Session, as_json: bool) -> None:
     "-n",
     "--lines",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MAX_COUNT),
     default=100,
     show_default=True,
     help="How many lines to begin with.",

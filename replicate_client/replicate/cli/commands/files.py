@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from replicate.cli.arguments import check_snapshot_path, id_argument, json_option
+from replicate.cli.arguments import check_file_path, check_snapshot_path, id_argument, json_option
 from replicate.cli.grammar import Command
 from replicate.cli.json_output import file_json
 from replicate.cli.render.files import render_file
@@ -13,7 +13,7 @@ from replicate.cli.session import Session
 
 @click.command(cls=Command)
 @id_argument()
-@click.argument("path", metavar="[PATH]", required=False, default="", callback=check_snapshot_path)
+@click.argument("path", metavar="[PATH]", required=False, callback=check_snapshot_path)
 @json_option
 @click.pass_obj
 def files(session: Session, reference: str, path: str, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def files(session: Session, reference: str, path: str, as_json: bool) -> None:
 
 @click.command(cls=Command)
 @id_argument()
-@click.argument("path", metavar="PATH", callback=check_snapshot_path)
+@click.argument("path", metavar="PATH", callback=check_file_path)
 @click.pass_obj
 def cat(session: Session, reference: str, path: str) -> None:
     """Print a file of a snapshot.

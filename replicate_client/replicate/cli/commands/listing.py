@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from replicate.cli.arguments import json_option
+from replicate.cli.arguments import MAX_COUNT, check_text, check_texts, json_option
 from replicate.cli.grammar import Command
 from replicate.cli.json_output import summary_json
 from replicate.cli.render.experiments import render_csv, render_experiments
@@ -27,6 +27,7 @@ def _list_options(command: _F) -> _F:
             "filters",
             metavar="EXPR",
             multiple=True,
+            callback=check_texts,
             help="Only experiments for which EXPR is true, such as `lr >= 0.01`. Repeatable: all must be.",
         ),
         click.option(
@@ -34,13 +35,14 @@ def _list_options(command: _F) -> _F:
             "--sort",
             metavar="KEY[-desc]",
             default="",
+            callback=check_text,
             help="Order by a param, metric or built-in name; `-desc` for the largest first.",
         ),
         click.option(
             "-n",
             "--limit",
             metavar="N",
-            type=click.IntRange(min=1),
+            type=click.IntRange(1, MAX_COUNT),
             help="At most N experiments: the newest, or with --sort the first.",
         ),
         click.option(

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+from click.exceptions import Exit
 
-from replicate.cli.arguments import json_option
+from replicate.cli.arguments import check_not_empty, json_option
 from replicate.cli.grammar import Command
 from replicate.cli.json_output import Json, path_json
 from replicate.cli.render.mounts import render_mounts
 from replicate.cli.session import Session
-from replicate.errors import NotFound, ReplicateError
+from replicate.errors import InvalidArgument, NotFound, ReplicateError
 from replicate.ids import parse_reference, short
 from replicate.phrases import escape
 
@@ -26,9 +27,19 @@ if TYPE_CHECKING:
     from replicate.query import MountInfo
 
 
+_INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """Raised by SIGTERM, so that it ends a mount as Ctrl-C does."""
+
+
 @click.command(cls=Command)
 @click.argument("where", metavar="[ID] DIR", nargs=-1, required=True, type=click.Path())
-@click.option("--foreground", is_flag=True, help="Stay, and unmount on Ctrl-C or SIGTERM.")
+@click.option(
+    "--foreground", is_flag=True, help="Stay, and unmount on Ctrl-C (then exit with 130) or SIGTERM (143)."
+)
 @json_option
 @click.pass_obj
 def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: bool) -> None:
@@ -48,8 +59,11 @@ def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: b
     if len(where) > 2:
         raise click.UsageError("expected [ID] DIR: an id and a directory, or only a directory")
     directory = where[-1]
-    reference = where[0] if len(where) == 2 else ""
-    if reference:
+    if not directory:
+        raise InvalidArgument("the value of DIR is empty", hint="was a variable of the shell not set?")
+    reference = ""
+    if len(where) == 2:
+        reference = where[0]
         parse_reference(reference)
     from replicate import query
 
@@ -91,7 +105,7 @@ def mounts(session: Session, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.argument("target", metavar="[DIR|ID]", required=False, type=click.Path())
+@click.argument("target", metavar="[DIR|ID]", required=False, type=click.Path(), callback=check_not_empty)
 @click.option("--all", "everything", is_flag=True, help="Unmount everything.")
 @click.pass_obj
 def umount(session: Session, target: str | None, everything: bool) -> None:
@@ -138,12 +152,13 @@ def _wait_for_end(session: Session, mounted: MountInfo) -> None:
     try:
         _wait_for_exit(mounted.pid)
         session.console.note(f"{escape(mounted.directory)} was unmounted")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         try:
             query.unmount(directory=mounted.directory)
         except NotFound:
             pass  # unmounted elsewhere at the same moment
         session.console.note(f"Unmounted {escape(mounted.directory)}")
+        raise Exit(_TERMINATED if isinstance(interrupt, _Terminated) else _INTERRUPTED) from None
 
 
 def _wait_for_exit(pid: int) -> None:
@@ -163,7 +178,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
     """Makes SIGTERM end the block as Ctrl-C does, so that a mount is not left behind."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.exceptions import Exit
 
-from replicate.cli.arguments import id_argument, ids_argument, json_option
+from replicate.cli.arguments import check_number, id_argument, ids_argument, json_option
 from replicate.cli.grammar import Command
 from replicate.cli.render.storing import (
     describe_queue,
@@ -53,6 +53,7 @@ def status(session: Session, as_json: bool) -> None:
     "timeout_s",
     metavar="S",
     type=click.FloatRange(min=0),
+    callback=check_number,
     help="Give up after S seconds (default: wait as long as it takes).",
 )
 @json_option
@@ -97,7 +98,7 @@ def flush(session: Session, reference: str | None, timeout_s: float | None, as_j
     else:
         console.note("Everything is stored")
     if failures:
-        console.fail(f"{plural(len(failures), 'snapshot')} failed to be stored")
+        console.fail(f"{plural(len(failures), 'item')} failed to be stored")
         raise Exit(1)
 
 

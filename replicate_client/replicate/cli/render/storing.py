@@ -37,7 +37,7 @@ def render_status(status: DaemonStatus, view: View) -> str:
 
 
 def render_failures(failures: Sequence[Failure], view: View) -> str:
-    """The snapshots that will not be stored, and how to forget them."""
+    """What will not be stored, and how to forget them."""
     lines = []
     for failure in failures:
         paths = escape(", ".join(failure.paths)) or "no files"
@@ -55,7 +55,7 @@ def describe_queue(status: DaemonStatus) -> str:
     waiting = status.pending + status.active
     if not waiting:
         return "empty, everything is stored" if not status.failures else "empty"
-    text = f"{plural(waiting, 'snapshot')} to store ({format_size(status.bytes_pending)})"
+    text = f"{plural(waiting, 'item')} to store ({format_size(status.bytes_pending)})"
     rate = status.bytes_per_second
     if rate > 0:
         text += f", {format_size(rate)}/s, about {format_duration(status.bytes_pending / rate)} left"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
 from replicate.errors import ConfigError
+from replicate.phrases import escape, is_text
 
 if TYPE_CHECKING:
     import yaml
@@ -26,6 +29,8 @@ CONFIG_KEYS = ("repository", "capture", "ignore")
 CAPTURE_MODES: tuple[CaptureMode, ...] = ("auto", "copy")
 DEFAULT_REPOSITORY = "file://.replicate"
 _SCHEMES = ("file://", "s3://", "gs://")
+_YAML_TAG = "tag:yaml.org,2002:"
+_YAML_SCALARS = ("bool", "int", "float", "timestamp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +55,35 @@ def find_project(
     """The project for a working directory, by arguments, then environment, then file, then defaults.
 
     `directory` (or `REPLICATE_PROJECT_DIR`) fixes the project directory: parents are not searched.
-    Raises `ConfigError` naming file, line and key.
+    Raises `ConfigError` naming file, line and key, or the environment variable.
     """
-    chosen = directory or os.environ.get("REPLICATE_PROJECT_DIR") or None
-    if chosen is not None:
-        start = Path(chosen).expanduser().absolute()
-        if not start.is_dir():
-            raise ConfigError(f"the project directory is not a directory: {start}")
+    if repository is not None and not isinstance(repository, str):
+        raise TypeError(f"repository must be a URL, not {repository!r}")
+    if directory:
+        start = _project_directory(directory)
+        file = _config_in(start)
+    elif os.environ.get("REPLICATE_PROJECT_DIR"):
+        with _naming("REPLICATE_PROJECT_DIR"):
+            start = _project_directory(os.environ["REPLICATE_PROJECT_DIR"])
         file = _config_in(start)
     else:
-        start = Path.cwd()
+        start = working_directory()
         file = next((found for d in (start, *start.parents) if (found := _config_in(d))), None)
     project = file.parent if file else start
     settings = _load(file) if file else _Settings()
     origin: RepositoryOrigin
     if repository:
-        url, origin = repository, "argument"
+        url, origin = resolve_repository(repository, project), "argument"
     elif os.environ.get("REPLICATE_REPOSITORY"):
-        url, origin = os.environ["REPLICATE_REPOSITORY"], "environment"
+        with _naming("REPLICATE_REPOSITORY"):
+            url, origin = resolve_repository(os.environ["REPLICATE_REPOSITORY"], project), "environment"
     elif settings.repository:
-        url, origin = settings.repository, "config"
+        url, origin = resolve_repository(settings.repository, project), "config"
     else:
-        url, origin = DEFAULT_REPOSITORY, "default"
+        url, origin = resolve_repository(DEFAULT_REPOSITORY, project), "default"
     return ProjectConfig(
         directory=project,
-        repository=resolve_repository(url, project),
+        repository=url,
         repository_origin=origin,
         capture=settings.capture,
         ignore=settings.ignore,
@@ -82,10 +91,22 @@ def find_project(
     )
 
 
+def working_directory() -> Path:
+    """The working directory; raises `ConfigError` when it has been deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError(
+            "the working directory does not exist any more",
+            hint="change into a directory that exists, or name the project directory",
+        ) from None
+
+
 def resolve_repository(url: str, project: Path) -> str:
     """A repository URL in its one absolute form; raises `ConfigError` for anything else.
 
-    `file://relative` is relative to the project directory; `%20` and the like are decoded.
+    `file://relative` is relative to the project directory; `%20` and the like are decoded. The result
+    is UTF-8, so that it can be sent and written down as text.
     """
     if not url.startswith(_SCHEMES):
         shown = url.split("://", 1)[0] + "://" if "://" in url else url
@@ -94,13 +115,39 @@ def resolve_repository(url: str, project: Path) -> str:
             hint="use file://relative, file:///absolute, s3://bucket/prefix or gs://bucket/prefix",
         )
     if not url.startswith("file://"):
-        return url.rstrip("/")
-    path = unquote(url[len("file://") :])
+        return _checked_text(url.rstrip("/"))
+    path = unquote(url[len("file://") :], errors="surrogateescape")
     if not path:
         raise ConfigError("the repository URL `file://` has no path", hint="use file://.replicate")
     if "\0" in path:
         raise ConfigError("the repository URL holds a NUL character")
-    return "file://" + os.path.normpath(project / os.path.expanduser(path))
+    return _checked_text("file://" + os.path.normpath(project / os.path.expanduser(path)))
+
+
+def _checked_text(url: str) -> str:
+    if not is_text(url):
+        raise ConfigError(
+            f"the path of the repository is not UTF-8: {escape(url)}",
+            hint="set `repository` in replicate.yaml, or REPLICATE_REPOSITORY, to a path in UTF-8",
+        )
+    return url
+
+
+def _project_directory(chosen: str | os.PathLike[str]) -> Path:
+    directory = Path(chosen).expanduser()
+    if not directory.is_absolute():
+        directory = working_directory() / directory
+    if not directory.is_dir():
+        raise ConfigError(f"the project directory is not a directory: {escape(str(directory))}")
+    return directory
+
+
+@contextmanager
+def _naming(variable: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{variable}: {error.message}", hint=error.hint) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +164,24 @@ def _config_in(directory: Path) -> Path | None:
 def _load(file: Path) -> _Settings:
     import yaml  # 25 ms; most projects have no config file
 
+    text = _read(file)
+    loader: yaml.SafeLoader | None = None
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{file}:{line}: not valid YAML: {error.reason}") from error
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from error
+    except RecursionError:
+        line = loader.line + 1 if loader else 1
+        raise ConfigError(f"{file}:{line}: not valid YAML: nested too deeply") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
     if root is None:
         return _Settings()
     if not isinstance(root, yaml.MappingNode):
@@ -136,34 +192,73 @@ def _load(file: Path) -> _Settings:
     return _interpret(file, root)
 
 
-def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
-    import yaml
+def _read(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{file}:{line}: not UTF-8: byte 0x{data[error.start]:02x}") from None
 
+
+def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
     found: dict[str, tuple[int, object]] = {}
     for key_node, value_node in root.value:
         line = key_node.start_mark.line + 1
-        key = str(key_node.value)
+        key = _plain_value(key_node)
         if key not in CONFIG_KEYS:
-            near = difflib.get_close_matches(key, CONFIG_KEYS, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(str(key), CONFIG_KEYS, n=1, cutoff=0.0)
             raise ConfigError(
-                f"{file}:{line}: unknown key `{key}`",
+                f"{file}:{line}: unknown key `{escape(str(key))}`",
                 hint=f"did you mean `{near[0]}`? The keys are {', '.join(CONFIG_KEYS)}",
-                fields={"file": str(file), "line": str(line), "key": key},
+                fields={"file": str(file), "line": str(line), "key": str(key)},
             )
         if key in found:
             raise ConfigError(f"{file}:{line}: `{key}` is given twice")
-        loader = yaml.SafeLoader("")
-        try:
-            found[key] = line, loader.construct_document(value_node)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{file}:{line}: the value of `{key}` cannot be read: {error}") from error
-        finally:
-            loader.dispose()
+        value = _plain_value(value_node)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, str) and not is_text(part):
+                raise ConfigError(f"{file}:{line}: `{key}` holds a lone surrogate: {part!r}")
+        found[str(key)] = line, value
     return _Settings(
         repository=_repository(file, found),
         capture=_capture(file, found),
         ignore=_ignore(file, found),
     )
+
+
+def _plain_value(node: yaml.Node) -> object:
+    """What the keys can hold: text, lists of text and nothing; other values only as they are shown.
+
+    Tags are not obeyed: no object is made, and no number or date can be out of range.
+    """
+    import yaml
+
+    kind = node.tag.removeprefix(_YAML_TAG)
+    if isinstance(node, yaml.SequenceNode) and kind == "seq":
+        # Not the sequences in it: one may hold itself.
+        return [
+            _plain_value(item) if isinstance(item, yaml.ScalarNode) else _Other(item) for item in node.value
+        ]
+    if isinstance(node, yaml.ScalarNode) and kind == "str":
+        return str(node.value)
+    if isinstance(node, yaml.ScalarNode) and kind == "null":
+        return None
+    return _Other(node)
+
+
+class _Other:
+    """A value that no key can have."""
+
+    def __init__(self, node: yaml.Node) -> None:
+        known = {"map": "a mapping", "seq": "a list", **dict.fromkeys(_YAML_SCALARS, str(node.value))}
+        self._shown = known.get(node.tag.removeprefix(_YAML_TAG), node.tag.replace(_YAML_TAG, "!!"))
+
+    def __repr__(self) -> str:
+        return escape(self._shown)
 
 
 def _repository(file: Path, found: dict[str, tuple[int, object]]) -> str | None:

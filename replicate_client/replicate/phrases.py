@@ -19,6 +19,15 @@ def escape(text: str) -> str:
     return _UNSAFE.sub(lambda match: _escape_character(match[0]), text)
 
 
+def is_text(text: str) -> bool:
+    """Whether the text can be written as UTF-8; a path with bytes that are not cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _escape_character(character: str) -> str:
     if character in _NAMED:
         return _NAMED[character]

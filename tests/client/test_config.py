@@ -1,5 +1,8 @@
 """Where a project is and which repository it has: file, environment, defaults, and what can be wrong."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from replicate.config import find_project, resolve_repository
@@ -93,7 +96,19 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(directo
         ("capture: auto\ncapture: copy\n", 2, "twice"),
         ("capture: auto\n  ignore: [\n", 2, "not valid YAML"),
         ("- a\n", 1, "key: value"),
-        ("capture: !!python/name:os.system\n", 1, "cannot be read"),
+        ("capture: !!python/name:os.system\n", 1, "not !!python/name:os.system"),
+        ("capture: copy\nrepository: !!python/object:os.system x\n", 2, "not !!python/object:os.system"),
+        ("ignore: !!python/tuple [a]\n", 1, "not !!python/tuple"),
+        ("repository: 2026-99-99\n", 1, "not 2026-99-99"),
+        ("ignore: &a [*a]\n", 1, "not [a list]"),
+        ("\n\x01\n", 2, "not valid YAML: special characters are not allowed"),
+        ("\nignore: " + 5000 * "[", 2, "nested too deeply"),
+        ('\nignore: ["\\ud800"]\n', 2, "`ignore` holds a lone surrogate"),
+        ('repository: "file://\\ud800"\n', 1, "`repository` holds a lone surrogate"),
+        ("? [a]\n: b\n", 1, "unknown key `['a']`"),
+        ("? {a: b}\n: b\n", 1, "unknown key `a mapping`"),
+        ("1: b\n", 1, "unknown key `1`"),
+        ("a: 1\n---\nb: 2\n", 2, "not valid YAML"),
     ],
 )
 def test_what_is_wrong_is_told_with_file_and_line(directory, text, line, problem):
@@ -102,12 +117,64 @@ def test_what_is_wrong_is_told_with_file_and_line(directory, text, line, problem
         find_project()
     assert caught.value.message.startswith(f"{file}:{line}: ")
     assert problem in caught.value.message
+    assert "\n" not in caught.value.message
 
 
-def test_a_file_that_is_not_text_is_an_error_naming_it(directory):
-    (directory / "replicate.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"replicate\.yaml"):
+def test_a_file_that_is_not_text_is_an_error_naming_the_line(directory):
+    (directory / "replicate.yaml").write_bytes(b"# a\n# \xff\n")
+    with pytest.raises(ConfigError, match=r"replicate\.yaml:2: not UTF-8: byte 0xff"):
         find_project()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("REPLICATE_REPOSITORY", "ftp://host/x", "not a repository URL"),
+        ("REPLICATE_REPOSITORY", "file://", "the repository URL `file://` has no path"),
+        ("REPLICATE_PROJECT_DIR", "nowhere", "the project directory is not a directory"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(directory, monkeypatch, variable, value, problem):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as caught:
+        find_project()
+    assert caught.value.message.startswith(f"{variable}: {problem}")
+
+
+def test_a_variable_is_not_blamed_for_the_file(directory, monkeypatch):
+    file = write(directory, "repositry: x\n")
+    monkeypatch.setenv("REPLICATE_PROJECT_DIR", str(directory))
+    with pytest.raises(ConfigError) as caught:
+        find_project()
+    assert caught.value.message.startswith(f"{file}:1: ")
+
+
+def test_a_working_directory_that_was_deleted_is_told(directory, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for arguments in ((), (None, "file:///x"), ("relative",)):
+        with pytest.raises(ConfigError, match="the working directory does not exist any more"):
+            find_project(*arguments)
+    assert find_project(directory).directory == directory
+
+
+def test_a_repository_that_is_no_text_is_refused_and_may_lie_elsewhere(tmp_path, monkeypatch):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    monkeypatch.delenv("REPLICATE_REPOSITORY", raising=False)
+    for url in (None, "file://x", f"file://{tmp_path}/%ff"):
+        with pytest.raises(ConfigError, match=r"the path of the repository is not UTF-8: .*\\xff") as caught:
+            find_project(repository=url)
+        assert "REPLICATE_REPOSITORY" in caught.value.hint
+    assert find_project(repository="file:///elsewhere").directory == odd
+
+
+def test_arguments_of_other_types_are_refused(directory):
+    with pytest.raises(TypeError, match="repository must be a URL, not 5"):
+        find_project(repository=5)
 
 
 @pytest.mark.parametrize(

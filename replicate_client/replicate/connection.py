@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +29,7 @@ from replicate.errors import (
     ReplicateError,
 )
 from replicate.home import Home, find_home
-from replicate.launch import Launch, SocketAddress, is_alive, is_listening
+from replicate.launch import Launch, SocketAddress, is_alive, is_listening, lock_owner
 from replicate.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -138,23 +138,31 @@ def stop_daemon(timeout_s: float = 30.0) -> bool:
     """
     home = find_home()
     daemon = probe()
-    if daemon is None:
+    # One whose socket was removed cannot be asked, and is stopped all the same.
+    pid = daemon.pid if daemon else lock_owner(home)
+    if pid is None:
         return False
+    if daemon is None or not _ask_to_stop(home):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
+    while is_alive(pid):
+        if time.monotonic() > deadline:
+            raise DaemonUnavailable(
+                f"the daemon does not stop: pid {pid} is still there after {timeout_s:g} s",
+                hint=f"its log is {home.log_file}",
+            )
+        time.sleep(0.01)
+    return True
+
+
+def _ask_to_stop(home: Home) -> bool:
+    """Whether the daemon was told to stop; it may be of another version, or just have left."""
     try:
         with _link.entered(), _link.opened(home) as channel:
             channel.unary("Shutdown", pb.ShutdownRequest(), pb.ShutdownReply, _HELLO_TIMEOUT_S)
     except (_Lost, ReplicateError):
-        # It may be of another version, or just have left; the signal says the same.
-        if is_alive(daemon.pid):
-            os.kill(daemon.pid, signal.SIGTERM)
-    deadline = time.monotonic() + timeout_s
-    while is_alive(daemon.pid):
-        if time.monotonic() > deadline:
-            raise DaemonUnavailable(
-                f"the daemon does not stop: pid {daemon.pid} is still there after {timeout_s:g} s",
-                hint=f"its log is {home.log_file}",
-            )
-        time.sleep(0.01)
+        return False
     return True
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from replicate.errors import DaemonUnavailable
+from replicate.errors import ConfigError, DaemonUnavailable
+from replicate.phrases import escape, is_text
 
 PRIVATE_MODE = 0o700
 
@@ -60,17 +62,52 @@ class Home:
 
 
 def find_home() -> Home:
-    """The home chosen by `REPLICATE_HOME`, else by the XDG variables; nothing is created."""
-    chosen = os.environ.get("REPLICATE_HOME")
-    if chosen:
-        root = Path(chosen).expanduser().absolute()
+    """The home chosen by `REPLICATE_HOME`, else by the XDG variables; nothing is created.
+
+    Raises `ConfigError` naming the variable that cannot be used.
+    """
+    root = chosen_root()
+    if root is not None:
         return Home(root / "state", root / "cache", root / "run", root / "logs")
     user = Path.home()
-    state = Path(os.environ.get("XDG_STATE_HOME") or user / ".local" / "state") / "replicate"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or user / ".cache") / "replicate"
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    run = Path(runtime) / "replicate" if runtime and os.path.isdir(runtime) else state / "run"
+    state = (_xdg_directory("XDG_STATE_HOME") or user / ".local" / "state") / "replicate"
+    cache = (_xdg_directory("XDG_CACHE_HOME") or user / ".cache") / "replicate"
+    runtime = _xdg_directory("XDG_RUNTIME_DIR")
+    run = runtime / "replicate" if runtime and runtime.is_dir() else state / "run"
     return Home(state, cache, run, state / "logs")
+
+
+def chosen_root() -> Path | None:
+    """`REPLICATE_HOME` as an absolute path, None when it is not set; raises `ConfigError`."""
+    chosen = _checked_variable("REPLICATE_HOME")
+    return _absolute(chosen) if chosen else None
+
+
+@lru_cache
+def _absolute(chosen: str) -> Path:
+    # Remembered: a process that works in another directory later still means the same home.
+    try:
+        return Path(chosen).expanduser().absolute()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"REPLICATE_HOME is relative and the working directory does not exist any more: {chosen}",
+            hint="set it to an absolute path",
+        ) from None
+
+
+def _xdg_directory(variable: str) -> Path | None:
+    """What the variable says; the specification wants relative paths to be ignored."""
+    path = Path(_checked_variable(variable))
+    return path if path.is_absolute() else None
+
+
+def _checked_variable(variable: str) -> str:
+    value = os.environ.get(variable, "")
+    if not is_text(value):
+        raise ConfigError(
+            f"{variable} is not UTF-8: {escape(value)}", hint="choose a directory with such a path"
+        )
+    return value
 
 
 def make_private(directory: Path) -> None:

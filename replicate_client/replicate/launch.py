@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from typing import IO
 
 from replicate.errors import DaemonUnavailable
-from replicate.home import Home, check_private
+from replicate.home import Home, check_private, chosen_root
 
 #: How long a daemon may take until it listens.
 START_TIMEOUT_S = 15.0
@@ -105,10 +106,7 @@ class Launch:
                     raise self._died(status)
                 self._start()
             if time.monotonic() > deadline:
-                raise DaemonUnavailable(
-                    f"the daemon was started but does not listen after {deadline - begun:.1f} s",
-                    hint=f"its log is {self._home.log_file}",
-                )
+                raise self._silent(deadline - begun)
             time.sleep(_POLL_S)
 
     def end(self, daemon_pid: int | None = None) -> None:
@@ -152,6 +150,19 @@ class Launch:
             raise DaemonUnavailable(f"cannot start the daemon: {error}") from error
         self._starts += 1
 
+    def _silent(self, waited_s: float) -> DaemonUnavailable:
+        owner = lock_owner(self._home)
+        started = self._process.pid if self._process else None
+        if owner not in (None, started):
+            return DaemonUnavailable(
+                f"another replicated (pid {owner}) owns {self._home.run} and does not listen",
+                hint="`replicate daemon stop` stops it",
+            )
+        return DaemonUnavailable(
+            f"the daemon was started but does not listen after {waited_s:.1f} s",
+            hint=f"its log is {self._home.log_file}",
+        )
+
     def _died(self, status: int) -> DaemonUnavailable:
         reason, hint = self._last_words()
         how = f"signal {-status}" if status < 0 else f"status {status}"
@@ -172,6 +183,24 @@ class Launch:
         return spoken[-1] if spoken else "it said nothing", advice[-1] if advice else ""
 
 
+def lock_owner(home: Home) -> int | None:
+    """Pid of the daemon that owns this home, whether it listens or not; None when none does.
+
+    Looks only: trying the lock would be in the way of a daemon that starts.
+    """
+    try:
+        lock = os.stat(home.lock)
+        pid = int(home.lock.read_text())
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except (OSError, ValueError):
+        return None
+    for descriptor in descriptors:
+        with suppress(OSError):  # closed meanwhile
+            if os.path.samestat(lock, os.stat(f"/proc/{pid}/fd/{descriptor}")):
+                return pid
+    return None
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended but was not waited for does not."""
     _reap()
@@ -183,11 +212,15 @@ def is_alive(pid: int) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with relative entries of PYTHONPATH made absolute: the daemon runs in another directory."""
+    """Ours, with relative paths made absolute where they matter: the daemon runs in another directory."""
     environment = dict(os.environ)
+    root = chosen_root()
+    if root is not None:
+        environment["REPLICATE_HOME"] = str(root)
     if environment.get("PYTHONPATH"):
         entries = environment["PYTHONPATH"].split(os.pathsep)
-        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in entries)
+        with suppress(FileNotFoundError):  # of a working directory that was deleted
+            environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in entries)
     return environment
 
 

@@ -1,6 +1,7 @@
 """Finding and starting the daemon."""
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from replicate import connection, launch, query
-from replicate.errors import DaemonUnavailable
-from replicate.home import find_home
+from replicate.errors import ConfigError, DaemonUnavailable
+from replicate.home import Home, find_home
 
 
 def fake_python(tmp_path, monkeypatch, script):
@@ -177,3 +178,91 @@ def test_a_program_that_does_not_know_its_python_says_so(home, monkeypatch):
 def test_the_home_is_private(home):
     connection.start_daemon()
     assert stat.S_IMODE((home / "run").stat().st_mode) == 0o700
+
+
+def test_a_relative_home_is_one_home_wherever_one_works(home, tmp_path, monkeypatch, daemons_of):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("REPLICATE_HOME", f"relative-{home.name}")
+    pid = connection.start_daemon().pid
+    monkeypatch.chdir(tmp_path)
+    assert query.status().daemon.pid == pid
+    assert find_home().socket == home / f"relative-{home.name}" / "run" / "replicated.sock"
+    assert list(daemons_of(home / f"relative-{home.name}")) == [pid]
+    assert connection.stop_daemon()
+
+
+def test_relative_xdg_directories_are_ignored(tmp_path, monkeypatch):
+    monkeypatch.delenv("REPLICATE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "relative").mkdir()
+    for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.setenv(name, "relative")
+    state = tmp_path / ".local" / "state" / "replicate"
+    assert find_home() == Home(state, tmp_path / ".cache" / "replicate", state / "run", state / "logs")
+
+
+@pytest.mark.parametrize(
+    "variable", ["REPLICATE_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"]
+)
+def test_a_home_that_is_no_text_is_refused_with_the_variable(monkeypatch, variable):
+    monkeypatch.delenv("REPLICATE_HOME", raising=False)
+    monkeypatch.setenv(variable, "/tmp/b\udcffd")
+    with pytest.raises(ConfigError, match=rf"{variable} is not UTF-8: /tmp/b\\xffd"):
+        query.status()
+
+
+def test_a_relative_home_needs_a_working_directory(home, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert connection.start_daemon().pid
+    monkeypatch.setenv("REPLICATE_HOME", "relative-and-gone")
+    with pytest.raises(ConfigError, match="REPLICATE_HOME is relative and the working directory"):
+        find_home()
+    monkeypatch.setenv("REPLICATE_HOME", str(home))
+
+
+def test_a_daemon_whose_socket_was_removed_is_replaced(home):
+    pid = connection.start_daemon().pid
+    find_home().socket.unlink()
+    other = subprocess.run(
+        [sys.executable, "-c", "from replicate import query; print(query.status().daemon.pid)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(other.stdout) not in (0, pid)
+    assert not launch.is_alive(pid)
+
+
+def test_a_daemon_whose_socket_was_removed_can_be_stopped(home):
+    pid = connection.start_daemon().pid
+    assert launch.lock_owner(find_home()) == pid
+    find_home().socket.unlink()
+    assert connection.stop_daemon() is True
+    assert not launch.is_alive(pid)
+    assert launch.lock_owner(find_home()) is None
+    assert connection.stop_daemon() is False
+
+
+def test_a_daemon_that_owns_the_home_and_does_not_listen_is_named(home, monkeypatch):
+    pid = connection.start_daemon().pid
+    os.kill(pid, signal.SIGSTOP)  # or it would leave
+    find_home().socket.unlink()
+    monkeypatch.setattr(launch, "START_TIMEOUT_S", 0.5)
+    started = launch.Launch(find_home())
+    with pytest.raises(DaemonUnavailable) as caught:
+        started.wait()
+    started.end(daemon_pid=pid)
+    os.kill(pid, signal.SIGCONT)
+    assert f"another replicated (pid {pid}) owns {home / 'run'}" in caught.value.message
+    assert "replicate daemon stop" in caught.value.hint
+
+
+def test_an_entry_of_a_dead_process_is_no_owner(home):
+    (home / "run").mkdir(mode=0o700)
+    for text in ("", "x", str(os.getpid()), "4194305"):
+        find_home().lock.write_text(text)
+        assert launch.lock_owner(find_home()) is None

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from replicate.errors import NotFound, NotStored
+from replicate.errors import NotFound, NotStored, RepositoryDamaged
 from replicate.ids import SnapshotId, short
 from replicate.records import FileEntry, SnapshotState
 from replicated.experiments import Experiments, Resolution
@@ -60,6 +60,13 @@ def file_entry(path: bytes, node: Node) -> FileEntry:
 
 def _snapshot_ids(resolution: Resolution) -> Iterator[SnapshotId]:
     summary, checkpoint = resolution.summary, resolution.checkpoint
+    if summary.state == "failed" and not summary.record.paths:
+        # Only a record that cannot be read is both: nobody knows whether there are files.
+        raise RepositoryDamaged(
+            f"experiment {short(summary.record.id)}: {summary.error}",
+            hint="its checkpoints and other experiments are not affected; see `replicate show`",
+            fields={"id": summary.record.id},
+        )
     has_own_files = checkpoint is not None and bool(checkpoint.paths)
     if summary.record.paths and not (summary.state == "failed" and has_own_files):
         _check_stored(summary.record.id, "experiment", summary.state, summary.error)

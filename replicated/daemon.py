@@ -14,15 +14,17 @@ import os
 import resource
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from replicate._version import __version__
 from replicate.errors import DaemonUnavailable
-from replicate.home import Home, make_private
+from replicate.home import PRIVATE_MODE, Home, make_private
 from replicated.browse import Browser
 from replicated.experiments import Experiments
 from replicated.intake import Intake
@@ -45,6 +47,8 @@ STOP_GRACE_S = 30.0
 LOCK_PATIENCE_S = 20.0
 #: sun_path of a Unix socket holds 108 bytes, the last of them NUL.
 MAX_SOCKET_PATH = 107
+#: SQLite's limit is 512, with room for the suffix of its log.
+MAX_DATABASE_PATH = 500
 
 _LOG_BYTES = 5 << 20
 _LOG_FILES = 3
@@ -57,6 +61,13 @@ def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S) -> N
 
     Raises `DaemonUnavailable` when another daemon owns the home or its state cannot be used.
     """
+    if len(os.fsencode(home.journal)) > MAX_DATABASE_PATH:
+        raise DaemonUnavailable(
+            f"the path of the state directory is too long for SQLite: {home.state}",
+            hint="set REPLICATE_HOME to a shorter path",
+        )
+    for directory in (home.state, home.spool, home.cache, home.logs):
+        _close_to_others(directory)
     for directory in (home.run, home.state, home.spool, home.cache, home.logs):
         make_private(directory)
     with _owning(home):
@@ -73,7 +84,12 @@ def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S) -> N
         try:
             with ExitStack() as stack:
                 is_idle = _build(home, stack, stop)
+                socket_inode = os.lstat(home.socket).st_ino
                 while not stop.wait(1.0):
+                    if not _is_inode(home.socket, socket_inode):
+                        # Nobody can reach us any more: make room for a daemon that can be reached.
+                        _log.warning("the socket was removed, leaving")
+                        stop.set()
                     if on_demand and is_idle() > idle_exit_s:
                         _log.info("idle, leaving")
                         stop.set()
@@ -170,9 +186,12 @@ def _listen(home: Home, server: RpcServer, stack: ExitStack) -> None:
     server.start(path)
     home.socket.chmod(0o600)
 
+    inode = os.lstat(home.socket).st_ino
+
     def stop_listening() -> None:
         # First the name, so that clients who come now start the next daemon, which waits for the lock.
-        home.socket.unlink(missing_ok=True)
+        if _is_inode(home.socket, inode):
+            home.socket.unlink(missing_ok=True)
         server.stop(STOP_GRACE_S)
 
     stack.callback(stop_listening)
@@ -236,6 +255,21 @@ def _clean_spool(spool: Spool, journal: Journal) -> None:
     for identifier in spool.identifiers():
         if identifier not in needed:
             spool.remove(identifier)
+
+
+def _close_to_others(directory: Path) -> None:
+    """Make a directory of ours private again that others may only read, as a careless chmod leaves it."""
+    with suppress(OSError):
+        info = os.lstat(directory)
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022:
+            directory.chmod(PRIVATE_MODE)
+
+
+def _is_inode(path: Path, inode: int) -> bool:
+    try:
+        return os.lstat(path).st_ino == inode
+    except OSError:
+        return False
 
 
 def _raise_descriptor_limit() -> None:

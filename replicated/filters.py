@@ -27,12 +27,16 @@ Predicate: TypeAlias = Callable[[ExperimentSummary], bool]
 BUILT_IN = ("created", "step", "status", "user", "host", "command", "name", "tag")
 #: An expression of more levels is a mistake or an attack on the parser's stack.
 MAX_DEPTH = 50
+#: A regular expression that backtracks for ever must not hold up the daemon.
+MATCH_TIMEOUT_S = 2.0
 
 _OPERATORS = ("==", "!=", "<=", ">=", "=", "<", ">", "~")
 _NAME = re.compile(r"[^\s()=!<>~'\"]+")
 _WORD = re.compile(r"[a-z]+")
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
-_VALUE_ENDS = re.compile(r"\s+(?:and|or)\s")
+_VALUE_ENDS = re.compile(r"\s+(?:and|or)(?=[\s(]|$)")
+#: What shows that something else was meant than a value of several words.
+_NOT_A_VALUE = re.compile(r"[=!<>~'\"]|.*(?:&&|\|\|)")
 _AGO = re.compile(r"(\d{1,9})\s*(s|second|m|minute|h|hour|d|day|w|week)s?(?:\s+ago)?")
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -194,6 +198,10 @@ class _Parser:
         text = self._text[self._at : end].strip()
         if not text:
             raise self._error("a value is missing")
+        if _NOT_A_VALUE.match(text):
+            raise self._error(
+                f"not a value: {text!r}; quote it if it is one, and combine with `and` and `or`"
+            )
         self._at = end
         return text, False
 
@@ -213,11 +221,8 @@ class _Parser:
     def _predicate(self, comparison: Comparison) -> Predicate:
         name, operator = comparison.name, comparison.operator
         if operator == "~":
-            try:
-                pattern = re.compile(comparison.text)
-            except re.error as error:
-                raise self._error(f"not a regular expression: {comparison.text!r}: {error}") from None
-            return lambda s: _matches(pattern, _look_up(s, name))
+            matches = self._pattern(comparison.text)
+            return lambda s: matches(_look_up(s, name))
         if name in ("created", "started"):
             moment = _parse_moment(comparison.text, self._now)
             if moment is None:
@@ -230,6 +235,28 @@ class _Parser:
                 raise self._error("`tag` takes =, != and ~")
             return lambda s: (comparison.text in s.record.tags) is (operator == "=")
         return lambda s: _compare(_look_up(s, name), comparison)
+
+    def _pattern(self, text: str) -> Callable[[object], bool]:
+        import regex  # 40 ms, for the few filters that have one
+
+        try:
+            pattern = regex.compile(text)
+        except regex.error as error:
+            raise self._error(f"not a regular expression: {text!r}: {error}") from None
+
+        def matches(actual: object) -> bool:
+            try:
+                return any(
+                    pattern.search(value, timeout=MATCH_TIMEOUT_S, concurrent=True) is not None
+                    for value in _texts(actual)
+                )
+            except TimeoutError:
+                raise InvalidArgument(
+                    f"the regular expression takes too long: {text!r}",
+                    hint="avoid nested repetition such as (a+)+",
+                ) from None
+
+        return matches
 
     def _take_word(self, word: str) -> bool:
         self._skip_spaces()
@@ -308,14 +335,15 @@ def _ordered(left: object, operator: Operator, right: object) -> bool:
     return a > b if operator == ">" else a >= b
 
 
-def _matches(pattern: re.Pattern[str], actual: object) -> bool:
+def _texts(actual: object) -> Sequence[str]:
+    """A value as the texts that a regular expression is tried on: several for tags, none if missing."""
     if actual is None:
-        return False
+        return ()
     if isinstance(actual, tuple):
-        return any(pattern.search(tag) for tag in actual)
+        return actual
     if isinstance(actual, datetime):
-        return pattern.search(actual.isoformat()) is not None
-    return pattern.search(actual if isinstance(actual, str) else json.dumps(actual)) is not None
+        return (actual.isoformat(),)
+    return (actual if isinstance(actual, str) else json.dumps(actual),)
 
 
 def _parse_moment(text: str, now: datetime) -> datetime | None:

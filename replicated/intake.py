@@ -81,7 +81,7 @@ class Intake:
             if answered is not None:
                 return answered
             # A repository that cannot be used is told now; later trouble with it does not stop training.
-            self._repositories.get(repository, create=True)
+            self._repositories.get(repository, create=True).check_writable()
             accepted = self._accept(
                 Job(
                     id=record.id,

@@ -203,6 +203,10 @@ class _Worker:
                     continue
             finally:
                 self.active = None
+            if not self._is_wanted(job):
+                # Removed meanwhile, by somebody who left its files to whoever was reading them.
+                self._jobs._spool.remove(job.id)
+                continue
             self._make_durable()
             # Jitter: many machines that lost the same store must not come back in step.
             self.wake.wait(pause * random.uniform(0.5, 1.5))
@@ -227,8 +231,7 @@ class _Worker:
                 raise CaptureFailed("the machine restarted before the captured files were safe on disk")
             snapshot = ingest(repository, SnapshotId(job.id), jobs._spool.path(job.id), self._on_progress)
         with jobs.publishing:
-            current = jobs._journal.find(job.id)
-            if current is None or current.state != "captured":
+            if not self._is_wanted(job):
                 jobs._spool.remove(job.id)
                 return
             if snapshot is not None:
@@ -241,6 +244,10 @@ class _Worker:
                 stored = record if record.error else dataclasses.replace(record, state="stored")
                 repository.put_checkpoint(stored)
         self._finish(job)
+
+    def _is_wanted(self, job: Job) -> bool:
+        current = self._jobs._journal.find(job.id)
+        return current is not None and current.state == "captured"
 
     def _check_experiment(self, repository: Repository, job: Job) -> None:
         try:

@@ -8,6 +8,7 @@ decided here.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -21,6 +22,7 @@ from replicate.errors import (
     RepositoryDamaged,
     RepositoryIncompatible,
     RepositoryMissing,
+    RepositoryUnreachable,
 )
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId, new_id, short
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
@@ -114,6 +116,15 @@ class Repository:
         """A new writer. `on_progress` gets the bytes of content done so far, from any thread."""
         self._index.refresh()
         return SnapshotWriter(self._store, self._index, self._reader, self._settings.chunker, on_progress)
+
+    def check_writable(self) -> None:
+        """Raise `RepositoryUnreachable` if it is known that nothing can be written."""
+        root = self._store.capabilities.local_root
+        if root is not None and not os.access(root, os.W_OK | os.X_OK):
+            raise RepositoryUnreachable(
+                f"cannot write to the repository in {root}",
+                hint="check its permissions, and whether the file system is mounted read-only",
+            )
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
         """Commit a snapshot whose tree a writer has finished: from now on readers see it."""
@@ -334,13 +345,7 @@ class Repository:
 
 def _create(store: Store) -> None:
     """Make an empty repository, unless somebody else does at the same moment."""
-    for prefix in (SNAPSHOT_PREFIX, EXPERIMENT_PREFIX, INDEX_PREFIX, PACK_PREFIX):
-        if next(store.list(prefix), None) is not None:
-            raise RepositoryDamaged(
-                f"{SETTINGS_KEY} is missing in {store.url}, though there are objects below {prefix}",
-                hint="put it back from a copy; without it nothing is written there",
-                fields={"key": SETTINGS_KEY},
-            )
+    _refuse_headless(store)
     settings = RepositorySettings(id=new_id(), created=utc_now())
     try:
         store.put(SETTINGS_KEY, [encode_settings(settings)])
@@ -349,10 +354,22 @@ def _create(store: Store) -> None:
         pass
 
 
+def _refuse_headless(store: Store) -> None:
+    """Raise `RepositoryDamaged` when there are objects but not the one that says what they are."""
+    for prefix in (SNAPSHOT_PREFIX, EXPERIMENT_PREFIX, INDEX_PREFIX, PACK_PREFIX):
+        if next(store.list(prefix), None) is not None:
+            raise RepositoryDamaged(
+                f"{SETTINGS_KEY} is missing in {store.url}, though there are objects below {prefix}",
+                hint="put it back from a copy; without it nothing is written there",
+                fields={"key": SETTINGS_KEY},
+            )
+
+
 def _load_settings(store: Store) -> RepositorySettings:
     try:
         return _decode(store, SETTINGS_KEY, decode_settings)
     except KeyMissing:
+        _refuse_headless(store)
         raise RepositoryMissing(
             f"no repository at {store.url}: there is no {SETTINGS_KEY}",
             hint="check the URL; the first `replicate.init` there makes a repository",

@@ -84,9 +84,8 @@ class Plan:
         names = ", ".join(show(path) for path in self.conflicts[:_SHOWN_CONFLICTS])
         more = len(self.conflicts) - _SHOWN_CONFLICTS
         raise CheckoutConflict(
-            f"files are in the way in {show(self.output)}: {names}"
-            + (f" and {more} more" if more > 0 else ""),
-            hint="use --force to replace what has the same name, or choose another directory",
+            f"{show(self.output)} is not empty: {names}" + (f" and {more} more" if more > 0 else ""),
+            hint="use --force to replace what has the same name; the rest stays",
         )
 
     def _written(self) -> Iterator[Node]:

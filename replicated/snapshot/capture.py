@@ -426,7 +426,7 @@ class _Walk:
         return CaptureFailed(
             f"cannot read {shown}: {error.strerror}",
             hint=f"make it readable, or exclude it in {IGNORE_FILE}",
-            fields={"path": shown},
+            fields={"path": shown, "errno": errno.errorcode.get(error.errno or 0, "")},
         )
 
 

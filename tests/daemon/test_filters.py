@@ -66,6 +66,8 @@ ONE = summary(
         "opt = adam",
         "opt != sgd",
         "opt ~ ^ad",
+        "lr = 7 or(lr = 0.1)",
+        "opt ~ (?i)ADAM",
         'opt = "adam"',
         "amp = true",
         "none = null",
@@ -129,6 +131,15 @@ def test_filter_rejects(text):
         ("", "expected a name"),
         ("lr", "expected one of"),
         ("lr >> 3", "unknown operator >>"),
+        ("lr => 3", "unknown operator =>"),
+        ("lr =< 3", "unknown operator =<"),
+        ("lr === 3", "unknown operator ==="),
+        ("lr <> 3", "unknown operator <>"),
+        ("lr != = 3", "not a value"),
+        ("lr = 3 and", "unexpected"),
+        ("lr = 3 && opt = a", "not a value"),
+        ("opt = 'a", "not a value"),
+        ("opt = 'a' b", "unexpected"),
         ("lr =", "a value is missing"),
         ("(lr = 1", "missing"),
         ("lr = 1)", "unexpected"),
@@ -189,3 +200,14 @@ def test_values_of_mixed_types_can_be_sorted_both_ways(values):
     summaries = [summary(number, params={"x": value}) for number, value in enumerate(values)]
     for key in ("x", "x-desc", "x-asc"):
         assert len(sort_summaries(summaries, key)) == len(values)
+
+
+def test_a_regular_expression_that_backtracks_for_ever_is_given_up():
+    runaway = parse_filter("text ~ (a+)+$", NOW)
+    nested = parse_filter(r"text ~ ^(\w+\s?)*!$", NOW)
+    hard = summary(params={"text": "a" * 64 + "." + "word " * 12 + "?"})
+    for predicate in (runaway, nested):
+        try:
+            assert predicate(hard) is False
+        except InvalidArgument as error:
+            assert "takes too long" in error.message

@@ -93,3 +93,26 @@ def test_what_captures_that_were_never_acknowledged_left_is_removed(daemon, wait
     (left / "packed").write_bytes(b"half")
     daemon.start()
     assert not left.exists()
+
+
+def test_a_daemon_whose_socket_was_removed_makes_room_for_another(daemon, wait_until):
+    (daemon.home / "run/replicated.sock").unlink()
+    wait_until(lambda: daemon.process.poll() == 0, "it leaves")
+    assert "the socket was removed" in daemon.log()
+    daemon.start()
+    assert daemon.answers()
+
+
+@pytest.mark.parametrize("name", ["state", "cache", "logs"])
+def test_a_directory_that_others_could_read_is_made_private_again(home, name):
+    (home / name).mkdir(mode=0o755)
+    assert serve(home, "--on-demand", "--idle-exit", "0.5") == (0, "")
+    assert (home / name).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_too_long_for_a_database_is_refused_with_the_reason(tmp_path):
+    home = tmp_path / ("a" * 200) / ("b" * 200) / ("c" * 200)
+    home.mkdir(parents=True)
+    status, said = serve(home)
+    assert status == 3
+    assert "too long for SQLite" in said

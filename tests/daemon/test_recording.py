@@ -372,7 +372,7 @@ def test_a_checkpoint_whose_files_cannot_be_frozen_keeps_its_metrics(project, er
     assert (checkpoint.state, checkpoint.step, checkpoint.metrics) == ("failed", 4, {"loss": 0.5})
 
 
-def test_damaged_records_are_listed_as_such_and_others_are_not_affected(project):
+def test_damaged_records_are_listed_as_such_and_others_are_not_affected(project, error_of):
     first, second = project.init(), project.init()
     project.flush()
     record = project.directory / ".replicate" / "experiments" / f"{first.id}.json"
@@ -384,6 +384,8 @@ def test_damaged_records_are_listed_as_such_and_others_are_not_affected(project)
     found = {s.record.id: s for s in project.list()}
     assert found[first.id].state == "failed"
     assert "damaged" in found[first.id].error
+    error = error_of(lambda: project.files(first.id))
+    assert isinstance(error, errors.RepositoryDamaged)
     assert found[second.id].state == "stored"
 
 
@@ -513,3 +515,28 @@ def test_a_checkpoint_and_the_whole_repository_are_mounted_listed_and_unmounted(
         ended = stub.Unmount(pb.UnmountRequest(all=True)).mounts
     assert len(ended) == 2
     assert not one.exists()
+
+
+def test_a_repository_without_its_head_is_damaged_and_not_empty(project, error_of):
+    project.init()
+    project.flush()
+    (project.directory / ".replicate" / "repository.json").unlink()
+    error = error_of(project.list)
+    assert isinstance(error, errors.RepositoryDamaged)
+    assert "repository.json is missing" in error.message
+
+
+def test_trouble_with_storing_is_told_to_the_script(project, wait_until):
+    experiment = project.init()
+    project.flush()
+    (project.directory / ".replicate").rename(project.directory / "moved")
+
+    def told():
+        record = dataclasses.replace(project.checkpoint(experiment), id=new_id())
+        return project.send_checkpoint(record).waiting_because
+
+    assert "no repository at" in wait_until(told, "the answer says why nothing is stored")
+    assert "no repository at" in project.end(experiment).waiting_because
+    (project.directory / "moved").rename(project.directory / ".replicate")
+    project.flush()
+    assert project.daemon.stub.GetStatus(pb.GetStatusRequest()).waiting_because == ""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from replicate.cli.damage import is_damaged
 from replicate.records import (
     CheckpointRecord,
     ExperimentSummary,
@@ -57,24 +58,26 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Everything that differs; each list is in the order of names."""
+    """Everything that differs; each list is in the order of names, and None if it cannot be compared."""
 
     left: Compared
     right: Compared
-    experiment: Sequence[Difference]
-    params: Sequence[Difference]
-    python_packages: Sequence[Difference]
-    git: Sequence[Difference]
-    checkpoint: Sequence[Difference]
-    metrics: Sequence[Difference]
-    #: None: could not be compared.
+    experiment: Sequence[Difference] | None
+    params: Sequence[Difference] | None
+    python_packages: Sequence[Difference] | None
+    git: Sequence[Difference] | None
+    checkpoint: Sequence[Difference] | None
+    metrics: Sequence[Difference] | None
     files: Sequence[FileChange] | None
 
 
 def compare(left: Compared, right: Compared, files: Sequence[FileChange] | None) -> Comparison:
-    """The comparison of two sides whose files were compared already (or could not be: None)."""
+    """The comparison of two sides whose files were compared already (or could not be: None).
+
+    What a damaged record would say is not known, and not compared.
+    """
     one, other = left.summary.record, right.summary.record
-    return Comparison(
+    comparison = Comparison(
         left=left,
         right=right,
         experiment=compare_mappings(_experiment_fields(left.summary), _experiment_fields(right.summary)),
@@ -92,6 +95,11 @@ def compare(left: Compared, right: Compared, files: Sequence[FileChange] | None)
         ),
         files=files,
     )
+    if is_damaged(left.summary) or is_damaged(right.summary):
+        comparison = replace(comparison, experiment=None, params=None, python_packages=None, git=None)
+    if any(side.checkpoint is not None and is_damaged(side.checkpoint) for side in (left, right)):
+        comparison = replace(comparison, checkpoint=None, metrics=None)
+    return comparison
 
 
 def compare_mappings(left: Mapping[str, Value], right: Mapping[str, Value]) -> list[Difference]:

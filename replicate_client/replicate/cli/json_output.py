@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import TypeAlias
 
+from replicate.cli.damage import is_damaged
 from replicate.records import (
     CheckpointRecord,
     ExperimentSummary,
@@ -94,7 +95,7 @@ def summary_json(summary: ExperimentSummary) -> dict[str, Json]:
         "host": record.host,
         "status": summary.status,
         "ended": time_json(summary.ended),
-        "duration_s": summary.duration_s,
+        "duration_s": None if is_damaged(summary) else summary.duration_s,
         "state": summary.state,
         "error": summary.error or None,
         "num_checkpoints": summary.checkpoint_count,

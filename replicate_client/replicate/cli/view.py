@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timezone, tzinfo
 
-from replicate.records import SnapshotState, Status
+from replicate.cli.damage import is_damaged
+from replicate.cli.text import shorten
+from replicate.phrases import escape
+from replicate.records import CheckpointRecord, ExperimentSummary, Status
+
+#: Longest reason of a failure in a table.
+MAX_REASON = 40
 
 _CODES = {"bold": "1", "faint": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _STATUS_STYLES = {"running": "green", "failed": "red", "killed": "red", "unknown": "yellow"}
@@ -46,10 +52,15 @@ def status_style(status: Status) -> str:
     return _STATUS_STYLES.get(status, "")
 
 
-def state_note(state: SnapshotState, error: str) -> str:
-    """What to add to a snapshot that is not in the repository (escape it); empty when it is."""
-    if state == "stored":
+def state_note(listed: ExperimentSummary | CheckpointRecord) -> str:
+    """What to add in a table to what is not in the repository, as safe text; empty when it is.
+
+    A long reason is cut, whoever looks: it would make every row of the table as long. `show` has it whole.
+    """
+    if listed.state == "stored":
         return ""
-    if state == "captured":
+    if listed.state == "captured":
         return "storing…"
-    return f"failed: {error}" if error else "failed"
+    if is_damaged(listed):
+        return "damaged"
+    return f"failed: {shorten(escape(listed.error), MAX_REASON)}" if listed.error else "failed"

@@ -10,7 +10,7 @@ import click
 from replicate.cli.arguments import check_not_empty, check_snapshot_path, id_argument, json_option
 from replicate.cli.grammar import Command
 from replicate.cli.json_output import Json, path_json
-from replicate.cli.render.resolutions import exact_reference, name_snapshot
+from replicate.cli.render.resolutions import exact_reference, explain_damage, name_snapshot
 from replicate.cli.session import Session
 from replicate.errors import CheckoutConflict, ReplicateError
 from replicate.phrases import escape, format_size, plural
@@ -64,6 +64,8 @@ def checkout(
     meant = query.resolve(project.repository, reference)
     snapshot = exact_reference(meant)
     console.note(f"Checking out {name_snapshot(meant)}")
+    if damage := explain_damage(meant):
+        console.warn(damage)
 
     def write(*, force: bool) -> tuple[CheckoutEvent | None, list[CheckoutAction]]:
         events = query.checkout(

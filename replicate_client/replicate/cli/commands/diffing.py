@@ -12,7 +12,7 @@ from replicate.cli.comparison import Compared, compare
 from replicate.cli.content_diff import MAX_CONTENT_BYTES, is_binary, unified_diff
 from replicate.cli.grammar import Command
 from replicate.cli.render.differences import comparison_json, render_comparison
-from replicate.cli.render.resolutions import exact_reference, explain_choice
+from replicate.cli.render.resolutions import exact_reference, explain_choice, explain_damage
 from replicate.cli.session import Session
 from replicate.cli.view import View
 from replicate.errors import NotStored
@@ -56,6 +56,8 @@ def diff(session: Session, left: str, right: str, with_content: bool, as_json: b
         changes = _compare_files(repository, (one, other), references)
     except NotStored as error:
         console.warn(f"files are not compared: {error.message}")
+    for damage in filter(None, map(explain_damage, meanings)):
+        console.warn(damage)
     comparison = compare(one, other, changes)
     if as_json:
         console.write_json(comparison_json(comparison))

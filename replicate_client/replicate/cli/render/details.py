@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from replicate.cli.damage import is_damaged
 from replicate.cli.render.fields import render_fields, render_section
 from replicate.cli.table import Cell, Column, column_width, render_table, table_width
 from replicate.cli.text import (
@@ -47,6 +48,21 @@ def render_checkpoint(
     checkpoint: CheckpointRecord, summary: ExperimentSummary, view: View, *, everything: bool
 ) -> str:
     """A checkpoint, and the experiment that it belongs to."""
+    if is_damaged(checkpoint):
+        about = render_fields(_damage_fields(checkpoint, view))
+    else:
+        about = _render_checkpoint_body(checkpoint, view)
+    best = " (best)" if summary.best is not None and summary.best.id == checkpoint.id else ""
+    return (
+        f"{view.heading('Checkpoint')} {view.paint(checkpoint.id, 'cyan')}{best}\n\n"
+        + about
+        + f"\n{view.heading('Experiment')} {view.paint(summary.record.id, 'cyan')}\n\n"
+        + _render_experiment_body(summary, view, everything=everything)
+        + _render_git_diff(summary.record.git, view, everything=everything)
+    )
+
+
+def _render_checkpoint_body(checkpoint: CheckpointRecord, view: View) -> str:
     fields = [
         ("Created", _moment_and_age(checkpoint, view)),
         ("Step", str(checkpoint.step)),
@@ -62,18 +78,21 @@ def render_checkpoint(
         )
         for name, value in sorted(checkpoint.metrics.items())
     ]
-    best = " (best)" if summary.best is not None and summary.best.id == checkpoint.id else ""
-    return (
-        f"{view.heading('Checkpoint')} {view.paint(checkpoint.id, 'cyan')}{best}\n\n"
-        + render_fields(fields)
-        + render_section("Metrics", render_fields(metrics), view)
-        + f"\n{view.heading('Experiment')} {view.paint(summary.record.id, 'cyan')}\n\n"
-        + _render_experiment_body(summary, view, everything=everything)
-        + _render_git_diff(summary.record.git, view, everything=everything)
-    )
+    return render_fields(fields) + render_section("Metrics", render_fields(metrics), view)
+
+
+def _damage_fields(damaged: ExperimentSummary | CheckpointRecord, view: View) -> list[tuple[str, str]]:
+    """What can be said of what could not be read."""
+    return [
+        ("Record", view.paint("damaged, so that what it says is not known", "red")),
+        ("Reason", escape(damaged.error)),
+    ]
 
 
 def _render_experiment_body(summary: ExperimentSummary, view: View, *, everything: bool) -> str:
+    if is_damaged(summary):
+        ended = format_moment(summary.ended, view.zone) if summary.ended else ""
+        return render_fields([*_damage_fields(summary, view), ("Ended", ended)])
     record = summary.record
     status = view.paint(summary.status, status_style(summary.status))
     if summary.duration_s is not None:
@@ -185,10 +204,10 @@ def _render_checkpoints(
     best = summary.best.id if summary.best else ""
     fixed: list[tuple[Column, list[Cell]]] = [
         (Column("ID"), [Cell(short(c.id), "cyan") for c in checkpoints]),
-        (Column("STEP", right=True), [Cell(str(c.step)) for c in checkpoints]),
-        (Column("CREATED"), [Cell(format_age(c.created, view.now, view.zone)) for c in checkpoints]),
+        (Column("STEP", right=True), [Cell("" if is_damaged(c) else str(c.step)) for c in checkpoints]),
+        (Column("CREATED"), [_age_cell(c, view) for c in checkpoints]),
     ]
-    notes = [escape(state_note(c.state, c.error)) for c in checkpoints]
+    notes = [state_note(c) for c in checkpoints]
     if any(notes):
         fixed.append((Column("NOTE", shrinks_to=12), [Cell(note, "yellow") for note in notes]))
     names = _metrics_in_order(checkpoints)
@@ -202,6 +221,12 @@ def _render_checkpoints(
     more = f"… and {plural(hidden, 'more metric', 'more metrics')}; `--all` shows them\n" if hidden else ""
     example = short((summary.best or summary.latest or checkpoints[-1]).id)
     return f"{table}{more}\nFor a checkpoint: `replicate show {example}`, `replicate files {example}`\n"
+
+
+def _age_cell(checkpoint: CheckpointRecord, view: View) -> Cell:
+    if is_damaged(checkpoint):
+        return Cell("unknown")
+    return Cell(format_age(checkpoint.created, view.now, view.zone))
 
 
 def _metrics_in_order(checkpoints: Sequence[CheckpointRecord]) -> list[str]:

@@ -15,6 +15,7 @@ from replicate.records import FileChange, FileEntry, parse_time
 _GAP = "  "
 _MIN_VALUE_WIDTH = 12
 _NOTHING = "(no difference)"
+_NOT_COMPARED = "(not compared)"
 _LABELS = {
     "python_version": "Python version",
     "os": "OS",
@@ -33,7 +34,7 @@ _Row = tuple[str, str, str]
 def render_comparison(comparison: Comparison, view: View) -> str:
     """All sections, always in the same order, in three columns: name, left, right."""
     left, right = comparison.left, comparison.right
-    sections: list[tuple[str, list[_Row]]] = [
+    sections: list[tuple[str, list[_Row | None]]] = [
         ("Experiment", [_experiment_ids(left, right), *_labelled_rows(comparison.experiment, view)]),
         ("Params", _rows(comparison.params)),
         ("Python packages", _rows(comparison.python_packages)),
@@ -45,12 +46,12 @@ def render_comparison(comparison: Comparison, view: View) -> str:
             ("Checkpoint", [ids, *_labelled_rows(comparison.checkpoint, view)]),
             ("Metrics", _rows(comparison.metrics)),
         ]
-    widths = _column_widths([row for _, rows in sections for row in rows], view)
+    widths = _column_widths([row for _, rows in sections for row in rows if row], view)
     parts = [
         _render_section(title, "".join(_render_row(row, widths, view) for row in rows), view)
         for title, rows in sections
     ]
-    files = "(not compared)" if comparison.files is None else render_file_changes(comparison.files, view)
+    files = _NOT_COMPARED if comparison.files is None else render_file_changes(comparison.files, view)
     return "\n".join([*parts, _render_section("Files", files, view)])
 
 
@@ -71,7 +72,7 @@ def render_file_changes(changes: Sequence[FileChange], view: View) -> str:
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Json]:
-    """Only what differs; a side that lacks a value has no such key. `files` is null if not compared."""
+    """Only what differs; a side that lacks a value has no such key. Null is what cannot be compared."""
     return {
         "left": _side_json(comparison.left),
         "right": _side_json(comparison.right),
@@ -112,7 +113,9 @@ def _change_json(change: FileChange) -> dict[str, Json]:
     }
 
 
-def _differences_json(differences: Sequence[Difference]) -> Mapping[str, Json]:
+def _differences_json(differences: Sequence[Difference] | None) -> Mapping[str, Json] | None:
+    if differences is None:
+        return None
     return {
         difference.name: {
             name: value_json(value)
@@ -132,13 +135,17 @@ def _checkpoint_ids(left: Compared, right: Compared) -> _Row:
     return "ID", one, other
 
 
-def _rows(differences: Sequence[Difference]) -> list[_Row]:
-    """Rows of names that users chose."""
+def _rows(differences: Sequence[Difference] | None) -> list[_Row | None]:
+    """Rows of names that users chose; None stands for those that are not known."""
+    if differences is None:
+        return [None]
     return [(escape(d.name), _render_side(d.left), _render_side(d.right)) for d in differences]
 
 
-def _labelled_rows(differences: Sequence[Difference], view: View) -> list[_Row]:
-    """Rows of names that we chose, as words."""
+def _labelled_rows(differences: Sequence[Difference] | None, view: View) -> list[_Row | None]:
+    """Rows of names that we chose, as words; None stands for those that are not known."""
+    if differences is None:
+        return [None]
     return [
         (
             _LABELS.get(d.name, d.name.capitalize()),
@@ -184,7 +191,9 @@ def _column_widths(rows: Sequence[_Row], view: View) -> tuple[int, int, int]:
     return name, left, right
 
 
-def _render_row(row: _Row, widths: tuple[int, int, int], view: View) -> str:
+def _render_row(row: _Row | None, widths: tuple[int, int, int], view: View) -> str:
+    if row is None:
+        return f"{_NOT_COMPARED}\n"
     name, left, right = row
     label = pad(shorten(name, widths[0] - 1) + ":", widths[0])
     values = [pad(shorten(left, widths[1]), widths[1]), shorten(right, widths[2])]

@@ -7,13 +7,14 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 
 from replicate.cli.comparison import same_value
+from replicate.cli.damage import is_damaged, leave_out_damaged, name_checkpoint
 from replicate.cli.json_output import Json, mapping_json, time_json, to_json_line
 from replicate.cli.table import Cell, Column, column_width, render_table, table_width
 from replicate.cli.text import MAX_CELL_VALUE, display_width, format_age, format_value_short, shorten
 from replicate.cli.view import View, state_note, status_style
 from replicate.ids import short
 from replicate.phrases import escape
-from replicate.records import CheckpointRecord, ExperimentSummary, Value, checkpoint_label
+from replicate.records import CheckpointRecord, ExperimentSummary, Value
 
 #: Metrics shown of each checkpoint when no experiment has a primary metric.
 _MAX_METRICS = 5
@@ -25,7 +26,8 @@ def render_experiments(summaries: Sequence[ExperimentSummary], view: View, *, ev
     Params are those that differ between the experiments (or are absent from some); metrics are the primary
     ones.
     """
-    params = _all_keys(s.record.params for s in summaries) if everything else _differing_params(summaries)
+    readable = leave_out_damaged(summaries)
+    params = _all_keys(s.record.params for s in readable) if everything else _differing_params(readable)
     metrics = _metrics_shown(summaries, everything=everything)
     table: list[tuple[Column, list[Cell]]] = [
         (Column("EXPERIMENT"), [Cell(short(s.record.id), "cyan") for s in summaries]),
@@ -33,9 +35,10 @@ def render_experiments(summaries: Sequence[ExperimentSummary], view: View, *, ev
         (Column("STATUS", shrinks_to=8), [_status_cell(s) for s in summaries]),
     ]
     for name in ("name", "host", "user"):
-        values = [getattr(s.record, name) for s in summaries]
-        if len(set(values)) > 1 or (any(values) and (everything or name == "name")):
-            table.append((Column(name.upper(), shrinks_to=8), [Cell(escape(value)) for value in values]))
+        values = {getattr(s.record, name) for s in readable}
+        if len(values) > 1 or (any(values) and (everything or name == "name")):
+            cells = [Cell(escape(getattr(s.record, name))) for s in summaries]
+            table.append((Column(name.upper(), shrinks_to=8), cells))
     assignments = [_assignments(s.record.params, params, view) for s in summaries]
     table.append((Column("PARAMS", shrinks_to=12), [Cell("\n".join(lines)) for lines in assignments]))
     for heading, checkpoints in (
@@ -44,7 +47,7 @@ def render_experiments(summaries: Sequence[ExperimentSummary], view: View, *, ev
     ):
         if any(checkpoints) or heading.startswith("LATEST"):
             cells = [_checkpoint_cell(checkpoint, metrics, view) for checkpoint in checkpoints]
-            labels = max((display_width(checkpoint_label(c)) for c in checkpoints if c), default=0)
+            labels = max((display_width(name_checkpoint(c)) for c in checkpoints if c), default=0)
             table.append((Column(heading, shrinks_to=labels), cells))
     if view.width is not None and table_width([column_width(*part) for part in table]) > view.width:
         table[1] = (Column("STARTED"), _age_cells(summaries, view, brief=True))
@@ -85,7 +88,7 @@ def _csv_row(summary: ExperimentSummary) -> dict[str, Json]:
         "user": record.user,
         "host": record.host,
         "command": record.command,
-        "duration_s": summary.duration_s,
+        "duration_s": None if is_damaged(summary) else summary.duration_s,
         "num_checkpoints": summary.checkpoint_count,
     }
     row |= {f"params.{key}": value for key, value in mapping_json(record.params).items()}
@@ -138,22 +141,27 @@ def _metrics_shown(summaries: Sequence[ExperimentSummary], *, everything: bool) 
 
 
 def _age_cells(summaries: Sequence[ExperimentSummary], view: View, *, brief: bool = False) -> list[Cell]:
-    return [Cell(format_age(s.record.created, view.now, view.zone, brief=brief)) for s in summaries]
+    return [
+        Cell("unknown" if is_damaged(s) else format_age(s.record.created, view.now, view.zone, brief=brief))
+        for s in summaries
+    ]
 
 
 def _status_cell(summary: ExperimentSummary) -> Cell:
-    note = state_note(summary.state, summary.error)
+    note = state_note(summary)
+    if is_damaged(summary):
+        return Cell(note, "red")
     if summary.state == "failed":
         note = f"files {note}"  # the run itself may have ended well
-    lines = [summary.status, *([escape(note)] if note else [])]
+    lines = [summary.status, *([note] if note else [])]
     return Cell("\n".join(lines), status_style(summary.status))
 
 
 def _checkpoint_cell(checkpoint: CheckpointRecord | None, metrics: Sequence[str], view: View) -> Cell:
     if checkpoint is None:
         return Cell("")
-    note = escape(state_note(checkpoint.state, checkpoint.error))
-    lines = [checkpoint_label(checkpoint), *([note] if note else [])]
+    note = state_note(checkpoint)
+    lines = [name_checkpoint(checkpoint), *([note] if note else [])]
     return Cell("\n".join([*lines, *_assignments(checkpoint.metrics, metrics, view)]))
 
 

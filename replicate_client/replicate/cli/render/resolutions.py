@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from replicate.cli.damage import is_damaged, name_checkpoint
 from replicate.ids import short
-from replicate.records import checkpoint_label
 
 if TYPE_CHECKING:
     from replicate.query import Resolution
@@ -26,9 +26,19 @@ def explain_choice(meant: Resolution) -> str:
             return f"the files that {experiment} began with"
         return f"{experiment}, which has no checkpoints"
     if meant.chosen == "step":
-        return f"{checkpoint_label(meant.checkpoint)}, the newest checkpoint of {experiment} with that step"
+        return f"{name_checkpoint(meant.checkpoint)}, the newest checkpoint of {experiment} with that step"
     if meant.chosen in ("best", "latest"):
-        return f"{checkpoint_label(meant.checkpoint)}, the {meant.chosen} checkpoint of {experiment}"
+        return f"{name_checkpoint(meant.checkpoint)}, the {meant.chosen} checkpoint of {experiment}"
+    return ""
+
+
+def explain_damage(meant: Resolution) -> str:
+    """What cannot be relied on because a record is damaged; empty when none is."""
+    if meant.checkpoint is not None and is_damaged(meant.checkpoint):
+        return f"the record of checkpoint {short(meant.checkpoint.id)} is damaged, its files may be missing"
+    if is_damaged(meant.summary):
+        experiment = short(meant.summary.record.id)
+        return f"the record of experiment {experiment} is damaged, files that it began with may be missing"
     return ""
 
 
@@ -36,5 +46,5 @@ def name_snapshot(meant: Resolution) -> str:
     """What is meant, with or without a choice."""
     if meant.checkpoint is not None and not meant.chosen:
         experiment = short(meant.summary.record.id)
-        return f"{checkpoint_label(meant.checkpoint)}, a checkpoint of {experiment}"
+        return f"{name_checkpoint(meant.checkpoint)}, a checkpoint of {experiment}"
     return explain_choice(meant)

@@ -14,6 +14,9 @@ Names are loaded at their first use, so that importing this package costs nothin
 
 from __future__ import annotations
 
+# Not used here: a Python that ends tells this module, if it is there, before it calls what was registered
+# with `atexit`; an experiment that begins there must know.
+import threading as _threading  # noqa: F401
 from importlib import import_module
 from typing import TYPE_CHECKING
 

@@ -25,7 +25,14 @@ from replicate import connection, notices
 from replicate._version import __version__
 from replicate.config import ProjectConfig
 from replicate.environment import collect, identify_process
-from replicate.errors import InvalidArgument, NotFound, PathMissing, ReplicateError, RepositoryMissing
+from replicate.errors import (
+    CaptureFailed,
+    InvalidArgument,
+    NotFound,
+    PathMissing,
+    ReplicateError,
+    RepositoryMissing,
+)
 from replicate.home import find_home
 from replicate.ids import CheckpointId, ExperimentId, is_id, new_id, short
 from replicate.lazy import LazyModule
@@ -65,6 +72,8 @@ class Backlog:
     snapshots: int = 0
     size_bytes: int = 0
     failed: int = 0
+    #: Why nothing is being stored at present; empty when nothing is held up.
+    waiting_because: str = ""
 
 
 class Run:
@@ -135,7 +144,7 @@ class Run:
         except ReplicateError as error:
             notices.warn_once(f"a checkpoint was not saved: {error}")
             return dataclasses.replace(record, state="failed", error=error.message)
-        _tell_warnings(reply, quiet or self.quiet)
+        _tell(reply, quiet or self.quiet)
         return dataclasses.replace(record, state=_decode_state(reply.state))
 
     def end(self, status: EndStatus, *, is_exiting: bool = False, timeout_s: float | None = None) -> None:
@@ -160,7 +169,7 @@ class Run:
             notices.warn_once(f"the end of experiment {short(self.experiment_id)} was not recorded: {error}")
             return
         self.is_end_told = True
-        self.backlog = Backlog(reply.pending, reply.bytes_pending, reply.failed)
+        self.backlog = Backlog(reply.pending, reply.bytes_pending, reply.failed, reply.waiting_because)
 
     def end_if_owned(self) -> None:
         """End a run of this process, before its experiment is removed."""
@@ -344,13 +353,13 @@ def _create(
     )
     try:
         reply = connection.call("CreateExperiment", request, pb.CaptureReply)
-    except (PathMissing, InvalidArgument) as error:
+    except (PathMissing, InvalidArgument, CaptureFailed) as error:
         raise _for_users(error) from None
     if not quiet:
         label = f"experiment {short(record.id)}" + (f" ({record.name})" if record.name else "")
         files = f"{plural(reply.file_count, 'file')}, {format_size(reply.size_bytes)}"
         notices.say(f"{label} in {project.repository}" + (f": {files}" if paths else ""))
-    _tell_warnings(reply, quiet)
+    _tell(reply, quiet)
     return ExperimentSummary(record, status="running", state=_decode_state(reply.state))
 
 
@@ -372,16 +381,21 @@ def _decode_state(state: str) -> SnapshotState:
     return wire.decode_word(state, get_args(SnapshotState), "state")
 
 
-def _tell_warnings(reply: pb.CaptureReply, quiet: bool) -> None:
+def _tell(reply: pb.CaptureReply, quiet: bool) -> None:
     if not quiet:
         for warning in reply.warnings:
             notices.warn_once(warning)
+    if reply.waiting_because:  # trouble, which is told to those who want it quiet too
+        notices.warn_once(f"what is captured waits to be stored: {reply.waiting_because}")
 
 
 def _for_users(error: ReplicateError) -> Exception:
     """The daemon's error as the exception that Python has for it."""
     if isinstance(error, PathMissing):
         return FileNotFoundError(errno.ENOENT, error.message)
+    if isinstance(error, CaptureFailed) and error.fields.get("errno") in ("EACCES", "EPERM"):
+        number = errno.EACCES if error.fields["errno"] == "EACCES" else errno.EPERM
+        return PermissionError(number, error.message, error.fields.get("path"))
     return error
 
 
@@ -400,6 +414,15 @@ def _remember(run: Run) -> None:
         atexit.register(_end_all)
         sys.excepthook = _noting_failure(sys.excepthook)
     _runs.append(run)
+    if _is_exiting or _is_python_ending():
+        # What is registered now is not called any more.
+        _end_all()
+
+
+def _is_python_ending() -> bool:
+    """Whether the functions registered with `atexit` are being called: the main thread counts as over."""
+    main = threading.main_thread()
+    return main.ident == threading.get_ident() and not main.is_alive()
 
 
 def _noting_failure(
@@ -444,16 +467,19 @@ def _ask_backlog(run: Run, deadline: float) -> Backlog:
     except ReplicateError:
         return Backlog()
     waiting = reply.pending + reply.active if reply.bytes_pending else 0
-    return Backlog(min(run.backlog.snapshots, waiting), reply.bytes_pending, reply.failed)
+    snapshots = min(run.backlog.snapshots, waiting)
+    return Backlog(snapshots, reply.bytes_pending, reply.failed, reply.waiting_because)
 
 
 def _tell_backlog(left: Sequence[Backlog], *, quiet: bool) -> None:
     snapshots = sum(backlog.snapshots for backlog in left)
     failed = sum(backlog.failed for backlog in left)
-    if snapshots and not quiet:
+    reasons = "; ".join(dict.fromkeys(one.waiting_because for one in left if one.waiting_because))
+    if snapshots and (reasons or not quiet):
         size = format_size(sum(backlog.size_bytes for backlog in left))
+        waits = f", which waits at present: {reasons}" if reasons else ""
         notices.say(
-            f"still storing {plural(snapshots, 'snapshot')} ({size}) in the background; "
+            f"still storing {plural(snapshots, 'snapshot')} ({size}) in the background{waits}; "
             "`replicate status` shows progress"
         )
     if failed:

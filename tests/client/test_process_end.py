@@ -94,14 +94,70 @@ experiment.checkpoint(metrics={{"loss": 2}})
 """
     done = run_script(source)
     assert done.status == 0
-    assert done.errors.splitlines()[1:] == [
-        "replicate: still storing 2 snapshots (6.0 MiB) in the background; `replicate status` shows progress"
-    ]
+    last = done.errors.splitlines()[-1]
+    # Whether the daemon has noticed by then that it cannot store them is open.
+    assert last.startswith("replicate: still storing 2 snapshots (6.0 MiB) in the background")
+    assert last.endswith("; `replicate status` shows progress")
     (project / ".replicate").unlink()
     (project / "moved").rename(project / ".replicate")
     replicate.flush()
     assert only_experiment().status == "stopped"
     assert [checkpoint.state for checkpoint in only_experiment().checkpoints] == ["stored"] * 3
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_why_nothing_can_be_stored_is_told_once_and_at_the_end(run_script, project, quiet):
+    source = f"""
+import os, time
+import replicate
+from replicate import query
+experiment = replicate.init(quiet={quiet})
+replicate.flush()
+os.rename(".replicate", "moved")
+open(".replicate", "w").close()
+open("model.pt", "w").close()
+experiment.checkpoint("model.pt")
+while not query.status().waiting_because:
+    time.sleep(0.01)
+for _ in range(5):
+    experiment.checkpoint("model.pt")
+"""
+    done = run_script(source)
+    warning, end = done.errors.splitlines()[0 if quiet else 1 :]
+    assert warning.startswith("replicate: what is captured waits to be stored: ")
+    assert ".replicate" in warning
+    assert end.startswith("replicate: still storing 6 snapshots (0 B) in the background, which waits at ")
+    assert ".replicate" in end
+    (project / ".replicate").unlink()
+    (project / "moved").rename(project / ".replicate")
+    replicate.flush()
+
+
+BEGIN_AT_EXIT = """
+def f():
+    import replicate
+    with_files = replicate.init(quiet=True)
+    with_files.checkpoint(metrics={"a": 1})
+    with_files.checkpoint(metrics={"a": 2})
+
+atexit.register(f)
+"""
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import atexit, replicate\n" + BEGIN_AT_EXIT,
+        "import atexit, threading\n" + BEGIN_AT_EXIT,
+        "import atexit\n" + BEGIN_AT_EXIT + "import replicate\nreplicate.init(quiet=True).delete()\n",
+        "import atexit, replicate\nreplicate.init(quiet=True).delete()\n" + BEGIN_AT_EXIT,
+    ],
+)
+def test_an_experiment_that_begins_while_python_exits_is_stopped(run_script, wait_until, source):
+    done = run_script(source)
+    assert (done.status, done.errors) == (0, "")
+    assert only_experiment().checkpoints.step == [0, 1]
+    wait_until(lambda: only_experiment().status == "stopped", "the experiment is stopped")
 
 
 def test_a_forked_child_records_and_never_ends_the_experiment(run_script, wait_until):
@@ -305,3 +361,24 @@ print({checkpoint.state for checkpoint in experiment.checkpoints} <= {"stored", 
 """
     done = run_script(source)
     assert (done.status, done.output, done.errors) == (0, "True\nTrue\n", "")
+
+
+def test_a_path_that_may_not_be_read_is_a_permission_error(run_script):
+    source = """
+import ctypes, errno, os
+import replicate
+for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    ctypes.CDLL(None).prctl(24, capability)  # PR_CAPBSET_DROP, for the daemon that will be started
+open("secret", "w").close()
+os.chmod("secret", 0)
+try:
+    replicate.init("secret")
+except PermissionError as error:
+    print(error.errno == errno.EACCES, os.path.basename(error.filename))
+print(len(replicate.experiments.list()))
+with replicate.init(quiet=True) as experiment:
+    print(experiment.checkpoint("secret").state)
+"""
+    done = run_script(source)
+    assert done.status == 0, done.errors
+    assert done.output.split() == ["True", "secret", "0", "failed"]

@@ -123,6 +123,8 @@ def test_without_a_command_the_help_is_shown(run):
         (["mount"], "missing argument '[ID] DIR'", "see `replicate mount --help`"),
         (["mount", "a", "b", "c"], "expected [ID] DIR: an id and a directory, or only a directory", "see"),
         (["mount", "nothex", "dir"], "invalid id: 'nothex'", "an id is hexadecimal"),
+        (["mount", "3f9c2a1"], "no directory to mount 3f9c2a1 on (or ./3f9c2a1, to mount", "see"),
+        (["mount", "latest:best"], "no directory to mount latest:best on", "see"),
         (["mount", "", "dir"], "invalid id: ''", "an id is hexadecimal"),
         (["mount", "latest", ""], "the value of DIR is empty", "was a variable of the shell not set?"),
         (["mount", ""], "the value of DIR is empty", "was a variable of the shell not set?"),

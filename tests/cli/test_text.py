@@ -1,3 +1,5 @@
+import os
+import subprocess
 from datetime import datetime, timedelta, timezone
 
 import hypothesis.strategies as st
@@ -11,6 +13,8 @@ from replicate.cli.text import (
     format_duration,
     format_mode,
     format_moment,
+    format_name,
+    format_shell_word,
     format_value,
     format_value_short,
     pad,
@@ -111,6 +115,21 @@ def test_format_duration(seconds, expected):
 def test_format_age(now, ago, expected, brief):
     assert format_age(now - ago, now, timezone.utc) == expected
     assert format_age(now - ago, now, timezone.utc, brief=True) == brief
+
+
+def test_an_empty_name_is_visible():
+    assert [format_name(name) for name in ("lr", "", "\x1b[2J")] == ["lr", '""', "\\x1b[2J"]
+
+
+def test_a_shell_word_is_read_by_a_shell_as_the_text_and_cannot_act_on_the_terminal():
+    names = [b"plain", b"a b", b"it's \\ $x", b"\xff'\\", "重み\n\x1b[2J\u0085\u202e'".encode(), b"~", b""]
+    texts = [os.fsdecode(name) for name in names]
+    words = [format_shell_word(text) for text in texts]
+    assert words[0] == "plain" and all(escape(word) == word for word in words)
+    printed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {' '.join(words)}"], capture_output=True, check=True
+    ).stdout
+    assert printed.split(b"\0")[:-1] == names
 
 
 def test_a_moment_has_its_zone():

@@ -378,6 +378,23 @@ def test_unmount_by_id(project, tmp_path):
     assert not os.path.ismount(directory)
 
 
+@pytest.mark.parametrize("reference", ["latest", "latest:step=0"])
+def test_unmount_by_what_was_given_to_mount(project, tmp_path, reference):
+    directory = tmp_path / "m"
+    directory.mkdir()
+    project.replicate("mount", reference, directory)
+    assert project.run("umount", "latest:step=1").returncode == 1
+    project.replicate("umount", reference)
+    assert not os.path.ismount(directory)
+
+
+def test_the_command_that_ends_a_mount_can_be_pasted(project, tmp_path):
+    directory = tmp_path / "new directory"
+    said = project.run("mount", "latest", directory).stderr
+    assert said.endswith(f"(`replicate umount '{directory}'` ends it)\n")
+    project.replicate("umount", directory)
+
+
 @pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_mount_in_the_foreground_ends_with_a_signal(project, tmp_path, end, status):
     directory = tmp_path / "m"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -120,6 +121,26 @@ def format_value_short(value: Value, *, cut: bool = True) -> str:
     if cut and not isinstance(value, (int, type(None))):
         return shorten(text, MAX_CELL_VALUE)
     return text
+
+
+def format_name(name: str) -> str:
+    """The name of a param or metric, in quotes when it is empty."""
+    return escape(name) or '""'
+
+
+def format_shell_word(text: str) -> str:
+    """A word to be pasted into a shell: quoted if need be, and as `$'…'` if it holds unsafe characters."""
+    if escape(text) == text:
+        return shlex.quote(text)
+    return "$'" + "".join(_shell_character(character) for character in text) + "'"
+
+
+def _shell_character(character: str) -> str:
+    if character in "\\'":
+        return "\\" + character
+    if escape(character) == character:
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape"))
 
 
 def format_mode(entry: FileEntry) -> str:

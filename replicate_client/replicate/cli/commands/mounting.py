@@ -17,7 +17,8 @@ from replicate.cli.grammar import Command
 from replicate.cli.json_output import Json, path_json
 from replicate.cli.render.mounts import render_mounts
 from replicate.cli.session import Session
-from replicate.errors import InvalidArgument, NotFound, ReplicateError
+from replicate.cli.text import format_shell_word
+from replicate.errors import InvalidArgument, NotFound
 from replicate.ids import parse_reference, short
 from replicate.phrases import escape
 
@@ -65,6 +66,10 @@ def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: b
     if len(where) == 2:
         reference = where[0]
         parse_reference(reference)
+    elif _reads_as_id(directory) and not os.path.lexists(directory):
+        raise click.UsageError(
+            f"no directory to mount {directory} on (or ./{directory}, to mount the repository there)"
+        )
     from replicate import query
 
     console = session.console
@@ -75,7 +80,8 @@ def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: b
             console.flush()
         else:
             shown = escape(mounted.directory)
-            end = "Ctrl-C ends it" if foreground else f"`replicate umount {shown}` ends it"
+            command = f"replicate umount {format_shell_word(mounted.directory)}"
+            end = "Ctrl-C ends it" if foreground else f"`{command}` ends it"
             console.note(f"Mounted {_describe(mounted)} on {shown} ({end})")
         if foreground:
             _wait_for_end(session, mounted)
@@ -124,7 +130,7 @@ def umount(session: Session, target: str | None, everything: bool) -> None:
     if target is None:
         gone = query.unmount(all=True)
     elif _is_id_of(target, query.list_mounts()):
-        gone = query.unmount(id=target)
+        gone = query.unmount(id=_find_id(session, target))
     else:
         gone = query.unmount(directory=target)
     for mounted in gone:
@@ -136,13 +142,30 @@ def umount(session: Session, target: str | None, everything: bool) -> None:
 def _is_id_of(target: str, mounted: list[MountInfo]) -> bool:
     """Whether the user means an id and not a directory, which goes first where both are possible."""
     directory = os.path.abspath(target)
-    if "/" in target or any(os.path.abspath(found.directory) == directory for found in mounted):
+    if any(os.path.abspath(found.directory) == directory for found in mounted):
         return False
+    return _reads_as_id(target)
+
+
+def _reads_as_id(word: str) -> bool:
     try:
-        parse_reference(target)
-    except ReplicateError:
+        parse_reference(word)
+    except InvalidArgument:
         return False
     return True
+
+
+def _find_id(session: Session, reference: str) -> str:
+    """The id, or the beginning of it, of what a reference means."""
+    from replicate import query
+
+    parsed = parse_reference(reference)
+    if parsed.prefix and not parsed.selector:
+        return reference  # the daemon knows what is mounted, also of other repositories
+    meant = query.resolve(session.project.repository, reference)
+    if meant.checkpoint is not None and parsed.selector:
+        return meant.checkpoint.id
+    return meant.summary.record.id
 
 
 def _wait_for_end(session: Session, mounted: MountInfo) -> None:

@@ -12,6 +12,7 @@ from replicate.cli.text import (
     format_age,
     format_duration,
     format_moment,
+    format_name,
     format_value,
     format_value_short,
 )
@@ -72,7 +73,7 @@ def _render_checkpoint_body(checkpoint: CheckpointRecord, view: View) -> str:
     primary = checkpoint.primary_metric
     metrics = [
         (
-            escape(name),
+            format_name(name),
             format_value(value)
             + (f" (primary, {primary.goal})" if primary is not None and primary.name == name else ""),
         )
@@ -109,7 +110,7 @@ def _render_experiment_body(summary: ExperimentSummary, view: View, *, everythin
         ("Path", _render_paths(record.paths)),
         ("Files", _render_state(summary.state, summary.error, record.paths)),
     ]
-    params = [(escape(name), format_value(value)) for name, value in sorted(record.params.items())]
+    params = [(format_name(name), format_value(value)) for name, value in sorted(record.params.items())]
     parts = [
         render_fields(fields),
         render_section("Params", render_fields(params), view),
@@ -239,7 +240,7 @@ def _metrics_in_order(checkpoints: Sequence[CheckpointRecord]) -> list[str]:
 def _metric_column(
     name: str, checkpoints: Sequence[CheckpointRecord], best: str
 ) -> tuple[Column, list[Cell]]:
-    return Column(escape(name)), [_metric_cell(c, name, is_best=c.id == best) for c in checkpoints]
+    return Column(format_name(name)), [_metric_cell(c, name, is_best=c.id == best) for c in checkpoints]
 
 
 def _metric_cell(checkpoint: CheckpointRecord, name: str, *, is_best: bool) -> Cell:

@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from replicate.cli.comparison import ABSENT, Compared, Comparison, Difference, Side
 from replicate.cli.json_output import Json, file_json, path_json, value_json
-from replicate.cli.text import count_equal, display_width, format_moment, format_value, pad, shorten
+from replicate.cli.text import (
+    count_equal,
+    display_width,
+    format_moment,
+    format_name,
+    format_value,
+    pad,
+    shorten,
+)
 from replicate.cli.view import View
 from replicate.ids import short
 from replicate.phrases import escape, format_size, plural
@@ -139,7 +147,7 @@ def _rows(differences: Sequence[Difference] | None) -> list[_Row | None]:
     """Rows of names that users chose; None stands for those that are not known."""
     if differences is None:
         return [None]
-    return [(escape(d.name), _render_side(d.left), _render_side(d.right)) for d in differences]
+    return [(format_name(d.name), _render_side(d.left), _render_side(d.right)) for d in differences]
 
 
 def _labelled_rows(differences: Sequence[Difference] | None, view: View) -> list[_Row | None]:

@@ -10,7 +10,14 @@ from replicate.cli.comparison import same_value
 from replicate.cli.damage import is_damaged, leave_out_damaged, name_checkpoint
 from replicate.cli.json_output import Json, mapping_json, time_json, to_json_line
 from replicate.cli.table import Cell, Column, column_width, render_table, table_width
-from replicate.cli.text import MAX_CELL_VALUE, display_width, format_age, format_value_short, shorten
+from replicate.cli.text import (
+    MAX_CELL_VALUE,
+    display_width,
+    format_age,
+    format_name,
+    format_value_short,
+    shorten,
+)
 from replicate.cli.view import View, state_note, status_style
 from replicate.ids import short
 from replicate.phrases import escape
@@ -169,7 +176,7 @@ def _assignments(values: Mapping[str, Value], names: Sequence[str], view: View) 
     """`name=value` of those that are there; long texts are cut only where somebody is looking."""
     cut = view.is_terminal
     return [
-        f"{shorten(escape(name), 2 * MAX_CELL_VALUE) if cut else escape(name)}"
+        f"{shorten(format_name(name), 2 * MAX_CELL_VALUE) if cut else format_name(name)}"
         f"={format_value_short(values[name], cut=cut)}"
         for name in names
         if name in values

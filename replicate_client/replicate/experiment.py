@@ -174,7 +174,7 @@ class CheckpointList(_TypedList[Checkpoint]):
 
     def delete(self) -> None:
         """Delete these checkpoints from the repository."""
-        _remove((checkpoint._repository, checkpoint.id) for checkpoint in self)
+        _remove((one._repository, one.id) for one in self if one._is_recorded)
 
 
 class Experiment(Snapshot):
@@ -253,7 +253,7 @@ class Experiment(Snapshot):
 
     @property
     def system(self) -> System:
-        """The machine: os, cpu, cpu_count, memory_bytes, gpus, driver."""
+        """The machine: os, cpu, cpu_count, memory (in bytes), gpus, driver."""
         return self._summary.record.system
 
     @property
@@ -388,7 +388,7 @@ class ExperimentList(_TypedList[Experiment]):
         """Delete these experiments and their checkpoints; those of this process are stopped first."""
         for experiment in self:
             experiment._run.end_if_owned()
-        _remove((experiment._repository, experiment.id) for experiment in self)
+        _remove((one._repository, one.id) for one in self if one._is_recorded)
 
 
 class _Columns(Mapping[str, "list[Value]"]):

@@ -7,17 +7,18 @@ this module is imported, only when something is asked of a project.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from replicate import query, run
+from replicate import notices, query, run
 from replicate.config import ProjectConfig, find_project
-from replicate.disabled import disabled_experiment, is_disabled
+from replicate.disabled import disabled_experiment, is_disabled, nothing_recorded
 from replicate.errors import NotStored
 from replicate.experiment import Experiment, ExperimentList
 from replicate.ids import short
 from replicate.phrases import plural
-from replicate.records import ExperimentSummary
+from replicate.records import ExperimentSummary, validate_text
 
 
 class Project:
@@ -71,6 +72,8 @@ class ExperimentCollection:
         """Begin an experiment in this project; see `replicate.init`."""
         if is_disabled():
             return disabled_experiment(params, name, tags)
+        if resume is not None:
+            resume = validate_text(resume, "resume")
         config = self._project.config()
         joined = os.environ.get("REPLICATE_EXPERIMENT_ID", "").strip()
         if resume is not None:
@@ -90,6 +93,9 @@ class ExperimentCollection:
 
         The id of a checkpoint gives its experiment. Raises `NotFound` or `Ambiguous`.
         """
+        reference = validate_text(reference, "id")
+        if is_disabled():
+            raise nothing_recorded()
         config = self._project.config()
         return _found(config, query.resolve(config.repository, reference).summary)
 
@@ -97,16 +103,18 @@ class ExperimentCollection:
         """The experiments, oldest first; those for which `filter` holds.
 
         `filter` is an expression such as `"loss < 0.3 and status = stopped"`, or a function of an
-        experiment (what it raises is raised here).
+        experiment; one for which it raises an exception is left out, with a warning.
         """
+        if filter is not None and not isinstance(filter, str) and not callable(filter):
+            raise TypeError(f"filter must be a str or a function of an experiment, not {filter!r}")
+        filters = [validate_text(filter, "filter")] if isinstance(filter, str) else []
+        if is_disabled():
+            return ExperimentList()
         config = self._project.config()
-        filters = [filter] if isinstance(filter, str) else []
         found = ExperimentList(
             _found(config, summary) for summary in query.list_experiments(config.repository, filters)
         )
-        if filter is None or isinstance(filter, str):
-            return found
-        return ExperimentList(experiment for experiment in found if filter(experiment))
+        return _chosen(found, filter) if callable(filter) else found
 
     def __repr__(self) -> str:
         return f"<experiments of {self._project!r}>"
@@ -157,6 +165,20 @@ def flush(timeout: float | None = None) -> None:
             hint="`replicate status` shows all of them",
             fields={"ids": " ".join(failure.id for failure in failures)},
         )
+
+
+def _chosen(experiments: ExperimentList, filter: Callable[[Experiment], object]) -> ExperimentList:
+    chosen = ExperimentList()
+    failures: Counter[str] = Counter()
+    for experiment in experiments:
+        try:
+            if filter(experiment):
+                chosen.append(experiment)
+        except Exception as error:
+            failures[f"{type(error).__name__}: {error}"] += 1
+    for failure, count in failures.items():
+        notices.warn_once(f"the filter failed for {plural(count, 'experiment')}, left out: {failure}")
+    return chosen
 
 
 def _found(config: ProjectConfig, summary: ExperimentSummary) -> Experiment:

@@ -30,6 +30,8 @@ def _check_path(path: object, directory: Path) -> str:
     text = os.fsdecode(path)
     if not text:
         raise ValueError('path must not be empty; "." is the whole project directory')
+    if "\0" in text:
+        raise ValueError(f"path holds a NUL character: {text!r}")
     relative = _relative(text, directory)
     if relative is None:
         raise ValueError(f"path is outside the project directory {directory}: {text!r}")

@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Literal, get_args
 
 from replicate import connection
+from replicate.config import working_directory
 from replicate.connection import DaemonInfo
 from replicate.lazy import LazyModule
 from replicate.records import (
@@ -322,6 +323,10 @@ def wait_stored(
     `timeout_s`; what failed is in the `failures` of the result and raises nothing here.
     """
     wanted = tuple(ids)
+    if timeout_s is not None and (isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float))):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout_s!r}")
+    if timeout_s != timeout_s:
+        raise ValueError("timeout must not be NaN")
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
         left_s = _WAIT_SLICE_S if deadline is None else max(0.0, deadline - time.monotonic())
@@ -378,7 +383,10 @@ def _target(repository: str, reference: str) -> pb.Target:
 
 
 def _absolute(directory: str | os.PathLike[str]) -> bytes:
-    return wire.encode_path(os.path.abspath(os.fspath(directory)))
+    path = os.fsdecode(directory)
+    if not path:
+        raise ValueError('the directory must not be empty; "." is the working directory')
+    return wire.encode_path(os.path.normpath(path if os.path.isabs(path) else working_directory() / path))
 
 
 def _read_request(

@@ -7,6 +7,7 @@ is captured is stored. Mounts in places that were chosen here end with the proce
 from __future__ import annotations
 
 import atexit
+import errno
 import io
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from replicate import notices, query
-from replicate.errors import NotFound, NotStored, ReplicateError
+from replicate.errors import CheckoutConflict, InvalidArgument, NotFound, NotStored, ReplicateError
 from replicate.home import find_home
 from replicate.ids import new_id, short
 from replicate.phrases import format_size, plural
@@ -23,6 +24,8 @@ from replicate.records import FileEntry
 #: The first read of a file asks for this much; reading on doubles it: a header is cheap, a file fast.
 _FIRST_FETCH_BYTES = 128 << 10
 _MAX_FETCH_BYTES = 8 << 20
+#: As many as Linux follows.
+_MAX_LINKS = 40
 
 _Result = TypeVar("_Result")
 
@@ -37,6 +40,8 @@ class Snapshot:
 
     #: URL of the repository.
     _repository: str
+    #: Whether there is anything in the repository.
+    _is_recorded = True
 
     def _reference(self) -> str:
         """An id whose files do not change any more."""
@@ -45,13 +50,14 @@ class Snapshot:
     def open(self, path: str | os.PathLike[str]) -> io.BufferedReader:
         """A saved file for reading bytes: seekable, and only what is read is fetched.
 
-        `path` is relative to the project directory. Raises `NotFound` when it was not saved.
+        `path` is relative to the project directory; links are followed within the snapshot. Raises
+        `FileNotFoundError` when it was not saved, `IsADirectoryError` for a directory.
         """
-        name = os.path.normpath(os.fspath(path))
+        name = os.fsdecode(path)
 
         def begin() -> io.BufferedReader:
             reference = self._reference()
-            entry = query.stat_file(self._repository, reference, name)
+            entry = _find_file(self._repository, reference, name)
             return io.BufferedReader(_SavedFile(self._repository, reference, entry), _FIRST_FETCH_BYTES)
 
         return _when_stored(begin)
@@ -62,7 +68,7 @@ class Snapshot:
 
     def checkout(
         self,
-        directory: str | os.PathLike[str],
+        dir: str | os.PathLike[str],
         quiet: bool = False,
         *,
         path: str = "",
@@ -75,25 +81,26 @@ class Snapshot:
 
         def write() -> tuple[int, int]:
             files = size_bytes = 0
-            for event in query.checkout(
-                self._repository, self._reference(), directory, path=path, force=force
-            ):
+            for event in query.checkout(self._repository, self._reference(), dir, path=path, force=force):
                 files, size_bytes = event.files_done, event.bytes_done
             return files, size_bytes
 
-        files, size_bytes = _when_stored(write)
+        try:
+            files, size_bytes = _when_stored(write)
+        except CheckoutConflict as error:
+            # The daemon speaks to users of the command line.
+            hint = "" if force else "force=True replaces what has the same name; or choose another directory"
+            raise CheckoutConflict(error.message, hint=hint, fields=error.fields) from None
         if not quiet:
-            notices.say(
-                f"wrote {plural(files, 'file')} ({format_size(size_bytes)}) to {os.fspath(directory)}"
-            )
+            notices.say(f"wrote {plural(files, 'file')} ({format_size(size_bytes)}) to {os.fspath(dir)}")
 
-    def mount(self, directory: str | os.PathLike[str] | None = None) -> Mount:
+    def mount(self, dir: str | os.PathLike[str] | None = None) -> Mount:
         """Mount the files read-only; use it with `with`, which gives the directory, or `unmount` it.
 
-        Without `directory` a place is chosen, and the mount ends with this process at the latest.
+        Without `dir` a place is chosen, and the mount ends with this process at the latest.
         Raises `MountFailed` saying what is in the way.
         """
-        return _when_stored(lambda: Mount(self._repository, self._reference(), directory))
+        return _when_stored(lambda: Mount(self._repository, self._reference(), dir))
 
 
 class Mount:
@@ -192,6 +199,63 @@ class _SavedFile(io.RawIOBase):
         self._piece_start = self._position
         if len(self._piece) < wanted:
             raise OSError(f"the daemon sent less of the file than it has: {self.name}")
+
+
+def _find_file(repository: str, reference: str, path: str) -> FileEntry:
+    """The entry of the regular file that `path` leads to in a snapshot, as a file system would find it."""
+    if not path or os.path.isabs(path):
+        raise _no_file(path, "not a path relative to the project directory")
+    try:
+        return query.stat_file(repository, reference, "/".join(reversed(_components(path))))
+    except (NotFound, InvalidArgument):
+        # Raises what is wrong with the snapshot itself; otherwise it is the path.
+        next(query.list_files(repository, reference), None)
+    left = _components(path)
+    found: list[str] = []
+    links = 0
+    entry: FileEntry | None = None
+    while left:
+        name = left.pop()
+        if name == "..":
+            if not found:
+                raise _no_file(path, "it leads out of the snapshot")
+            found.pop()
+            entry = None
+            continue
+        found.append(name)
+        try:
+            entry = _entry(repository, reference, "/".join(found))
+        except NotFound:
+            raise _no_file(path, "not in the snapshot") from None
+        if entry is not None and entry.type == "symlink":
+            links += 1
+            if links > _MAX_LINKS:
+                raise _no_file(path, "it leads through too many links")
+            if os.path.isabs(entry.target):
+                raise _no_file(path, "it leads out of the snapshot")
+            found.pop()
+            left.extend(_components(entry.target))
+            entry = None
+        elif entry is not None and left:
+            raise _no_file(path, f"not a directory in the snapshot, {'/'.join(found)}")
+    if entry is None:
+        raise IsADirectoryError(errno.EISDIR, "a directory in the snapshot", path)
+    return entry
+
+
+def _components(path: str) -> list[str]:
+    """The names in a path, the last one first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _entry(repository: str, reference: str, path: str) -> FileEntry | None:
+    """The entry of a file or link; None for a directory. Raises `NotFound`."""
+    first = next(query.list_files(repository, reference, path), None)
+    return first if first is not None and first.path == path else None
+
+
+def _no_file(path: str, why: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, why, path)
 
 
 def _when_stored(read: Callable[[], _Result]) -> _Result:

@@ -317,20 +317,30 @@ with replicate.init("missing", {"lr": 1, "model": object()}, name="x", tags=["t"
     assert experiment.best() is checkpoint and experiment.best().metrics == {"loss": 1}
     assert experiment.is_running() and experiment.params["lr"] == 1
     assert checkpoint.wait() is checkpoint
-    experiment.refresh(); experiment.checkout("out"); checkpoint.checkout("out")
-    assert experiment.files() == checkpoint.files() == []
-    for read in (checkpoint.open, experiment.mount):
+    experiment.refresh()
+    for read in (checkpoint.open, experiment.mount, experiment.checkout, lambda _: checkpoint.files()):
         try:
             read("x")
         except replicate.errors.NotStored as error:
-            print(error)
+            print(error.message)
+    experiment.checkpoints.delete()
     experiment.delete()
 assert experiment.status == "stopped"
 replicate.flush()
+odd = replicate.init(tags=5, name=5, params=5, ignore=5, resume=5)
+for primary in (("a",), 5, "ab", ("a", "up"), {"a": "b"}):
+    assert odd.checkpoint(5, 5, 2**63, primary_metric=primary).step >= 0
+assert odd.tags == () and odd.name == ""
+for filter in (None, "loss < 1", bool):
+    assert replicate.experiments.list(filter) == []
+try:
+    replicate.experiments.get("latest")
+except replicate.errors.NotStored as error:
+    print(error.message)
 """
     done = run_script(source, environment={"REPLICATE_DISABLED": "1"})
     assert (done.status, done.errors) == (0, "")
-    assert done.output == "nothing was recorded: REPLICATE_DISABLED is set\n" * 2
+    assert done.output == "nothing was recorded, because REPLICATE_DISABLED is set\n" * 5
     assert list(home.iterdir()) == []
     assert os.listdir(project) == ["script.py"]
 

@@ -1,5 +1,6 @@
 """Reading saved files through the objects of the library."""
 
+import errno
 import io
 import json
 import os
@@ -103,14 +104,68 @@ def test_archives_can_be_read_without_fetching_all_of_them(project):
 
 @pytest.mark.parametrize("path", ["missing", "code/missing", "model.pt/x"])
 def test_a_file_that_was_not_saved_is_not_found(checkpoint, path):
-    with pytest.raises(errors.NotFound):
+    with pytest.raises(FileNotFoundError) as caught:
+        checkpoint.open(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, path)
+
+
+@pytest.mark.parametrize("path", ["code", ".", "code/.."])
+def test_a_directory_cannot_be_opened(checkpoint, path):
+    with pytest.raises(IsADirectoryError):
         checkpoint.open(path)
 
 
-@pytest.mark.parametrize("path", ["code", "link"])
-def test_what_is_no_file_cannot_be_opened(checkpoint, path):
-    with pytest.raises(errors.InvalidArgument, match="not a file"):
-        checkpoint.open(path)
+@pytest.fixture
+def linked(project):
+    """A checkpoint with links of all kinds."""
+    (project / "a" / "b").mkdir(parents=True)
+    (project / "empty").mkdir()
+    (project / "a" / "b" / "file").write_text("content")
+    links = {
+        "direct": "a/b/file",
+        "directory": "a/b",
+        "a/up": "../direct",
+        "dangling": "nothing",
+        "out": "../secret",
+        "absolute": str(project / "a" / "b" / "file"),
+        "loop": "loop",
+        "to_empty": "empty",
+    }
+    for name, target in links.items():
+        (project / name).symlink_to(target)
+    with replicate.init(quiet=True) as experiment:
+        return experiment.checkpoint(".").wait()
+
+
+@pytest.mark.parametrize(
+    "path", ["direct", "directory/file", "a/up", "directory/../up", "./a//b/file", "a/b/../b/file"]
+)
+def test_links_are_followed_within_the_snapshot(linked, path):
+    with linked.open(path) as file:
+        assert file.read() == b"content"
+
+
+@pytest.mark.parametrize(
+    "path", ["dangling", "out", "absolute", "loop", "../a/b/file", "missing/../direct", "", "/a/b/file"]
+)
+def test_a_path_that_leads_to_no_file_of_the_snapshot_is_not_found(linked, path):
+    with pytest.raises(FileNotFoundError):
+        linked.open(path)
+
+
+def test_a_link_to_a_directory_is_a_directory(linked):
+    with pytest.raises(IsADirectoryError):
+        linked.open("to_empty")
+
+
+def test_files_in_the_way_of_a_checkout_are_replaced_only_by_force(linked, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "direct").write_text("in the way")
+    with pytest.raises(errors.CheckoutConflict) as caught:
+        linked.checkout(tmp_path / "out")
+    assert "force=True" in caught.value.hint and "--" not in str(caught.value)
+    linked.checkout(tmp_path / "out", quiet=True, force=True)
+    assert (tmp_path / "out" / "direct").read_text() == "content"
 
 
 def test_the_query_functions_read_parts_of_files(checkpoint):

@@ -108,6 +108,7 @@ def test_a_call_that_raises_records_nothing_and_takes_no_step(begin, arguments, 
         ({"tags": "word"}, TypeError),
         ({"tags": ["two words"]}, ValueError),
         ({"ignore": 5}, TypeError),
+        ({"resume": 5}, TypeError),
         ({"resume": "not hexadecimal"}, ValueError),
         ({"resume": "abcdef"}, errors.NotFound),
     ],
@@ -117,6 +118,37 @@ def test_init_refuses_wrong_arguments_and_records_nothing(begin, project, argume
     with pytest.raises(error):
         begin(**arguments)
     assert [one.id for one in replicate.experiments.list()] == [before.id]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: replicate.experiments.get(5), TypeError, "id must be a str, not int"),
+        (lambda: replicate.experiments.get(None), TypeError, "id must be a str, not NoneType"),
+        (lambda: replicate.experiments.get("\udcff"), ValueError, "id holds a lone surrogate"),
+        (lambda: replicate.experiments.list(5), TypeError, "filter must be a str or a function"),
+        (lambda: replicate.experiments.list("\udcff"), ValueError, "filter holds a lone surrogate"),
+        (lambda: replicate.init(resume=5), TypeError, "resume must be a str, not int"),
+        (lambda: replicate.init("a\0b"), ValueError, r"path holds a NUL character: 'a\\x00b'"),
+        (lambda: replicate.flush("x"), TypeError, "timeout must be a number of seconds or None, not 'x'"),
+        (lambda: replicate.flush(math.nan), ValueError, "timeout must not be NaN"),
+    ],
+)
+def test_wrong_arguments_are_named(project, call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert connection.probe() is None
+
+
+def test_an_experiment_for_which_a_filter_fails_is_left_out(begin, capsys):
+    begin(params={"lr": 1})
+    begin(params={"other": 1})
+    begin(params={"another": 1})
+    found = replicate.experiments.list(lambda experiment: experiment.params["lr"] == 1)
+    assert [one.params for one in found] == [{"lr": 1}]
+    assert isinstance(found, replicate.ExperimentList)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "replicate: the filter failed for 2 experiments, left out: KeyError: 'lr'"
 
 
 def test_wrong_arguments_are_noticed_without_a_daemon(project):
@@ -234,8 +266,6 @@ def test_experiments_are_found_by_filters(begin):
     assert [one.id for one in listed("lr < 0.5")] == [slow.id]
     assert [one.id for one in listed(lambda one: one.name == "")] == [fast.id]
     assert replicate.experiments.get("latest").id == slow.id
-    with pytest.raises(ZeroDivisionError):
-        listed(lambda one: 1 / 0)
     with pytest.raises(errors.InvalidArgument):
         listed("lr <")
 
@@ -342,3 +372,38 @@ def test_objects_introduce_themselves(begin):
     assert repr(experiment) == f"<Experiment {experiment.short_id} 'First' running, 1 checkpoint>"
     checkpoint.wait()
     assert repr(checkpoint) == f"<Checkpoint {checkpoint.short_id} step 0 loss=0.1235>"
+
+
+def test_a_project_whose_directory_is_no_text_works_with_a_repository_elsewhere(
+    project, tmp_path, monkeypatch
+):
+    odd = project / os.fsdecode(b"n\xff\n")
+    odd.mkdir()
+    (odd / "train.py").write_text("x = 1\n")
+    monkeypatch.chdir(odd)
+    for call in (lambda: replicate.init("."), replicate.experiments.list):
+        with pytest.raises(errors.ConfigError, match=r"not UTF-8: .*n\\xff\\n/.replicate"):
+            call()
+    monkeypatch.setenv("REPLICATE_REPOSITORY", f"file://{tmp_path}/elsewhere")
+    with replicate.init(".") as experiment:
+        checkpoint = experiment.checkpoint("train.py").wait()
+    with checkpoint.open("train.py") as file:
+        assert file.read() == b"x = 1\n"
+    checkpoint.checkout("out")
+    assert (odd / "out" / "train.py").read_text() == "x = 1\n"
+    with checkpoint.mount("mounted") as mounted:
+        assert (mounted / "train.py").read_text() == "x = 1\n"
+
+
+def test_a_working_directory_that_was_deleted_is_named(begin, project, tmp_path, monkeypatch):
+    write(project, "model.pt")
+    checkpoint = begin().checkpoint("model.pt").wait()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for call in (replicate.init, replicate.experiments.list, lambda: checkpoint.checkout("out")):
+        with pytest.raises(errors.ConfigError, match="the working directory does not exist any more"):
+            call()
+    checkpoint.checkout(tmp_path / "out")
+    assert (tmp_path / "out" / "model.pt").read_bytes() == b"data"

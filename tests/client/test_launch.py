@@ -224,7 +224,7 @@ def test_a_relative_home_needs_a_working_directory(home, tmp_path, monkeypatch):
     monkeypatch.setenv("REPLICATE_HOME", str(home))
 
 
-def test_a_daemon_whose_socket_was_removed_is_replaced(home):
+def test_a_daemon_whose_socket_was_removed_is_replaced(home, wait_until):
     pid = connection.start_daemon().pid
     find_home().socket.unlink()
     other = subprocess.run(
@@ -234,7 +234,7 @@ def test_a_daemon_whose_socket_was_removed_is_replaced(home):
         check=True,
     )
     assert int(other.stdout) not in (0, pid)
-    assert not launch.is_alive(pid)
+    wait_until(lambda: not launch.is_alive(pid), "the daemon without a socket leaves")
 
 
 def test_a_daemon_whose_socket_was_removed_can_be_stopped(home):

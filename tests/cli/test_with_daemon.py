@@ -499,6 +499,41 @@ def test_what_failed_is_said_and_forgotten_on_request(own_project):
     assert own_project.json("status")["failures"] == []
 
 
+def test_diff_shows_the_rest_when_files_are_damaged(own_project):
+    for pack in (own_project.directory / ".replicate" / "packs").rglob("*"):
+        if pack.is_file():
+            pack.unlink()
+    result = own_project.run("diff", "latest:code", "latest:best")
+    assert result.returncode == 0, result.stderr
+    assert "warning: files are not compared: chunk " in result.stderr
+    assert "Metrics\nloss:" in result.stdout and result.stdout.endswith("Files\n(not compared)\n")
+
+
+@pytest.fixture
+def damaged_project(own_project):
+    """The record of the one experiment and of its newest checkpoint cannot be read."""
+    newest = own_project.json("ls")[0]["latest_checkpoint"]["id"]
+    for folder, name in (("experiments", "*.json"), ("checkpoints", f"*/{newest}.json")):
+        (record,) = (own_project.directory / ".replicate" / folder).glob(name)
+        record.write_text("garbage\n")
+    own_project.replicate("daemon", "stop")
+    shutil.rmtree(own_project.home / "cache")
+    return own_project
+
+
+def test_what_the_daemon_lists_of_damaged_records_is_known_as_such(damaged_project):
+    (row,) = damaged_project.replicate("ls").splitlines()[1:2]
+    assert row.split()[1:3] == ["unknown", "damaged"]
+    experiment = damaged_project.json("ls")[0]
+    assert experiment["duration_s"] is None and "is damaged" in experiment["error"]
+    shown = damaged_project.replicate("show", experiment["id"])
+    assert "\nRecord:  damaged" in shown and "1970" not in shown and "(none saved)" not in shown
+    checkpoints = damaged_project.json("show", experiment["id"])["checkpoints"]
+    (checkpoint,) = [c["id"] for c in checkpoints if c["error"]]
+    shown = damaged_project.replicate("show", checkpoint)
+    assert shown.count("\nRecord:  damaged") == 2 and "Step" not in shown
+
+
 def test_rm_refuses_without_a_terminal(own_project):
     before = own_project.replicate("ls", "-q")
     result = own_project.run("rm", "latest")

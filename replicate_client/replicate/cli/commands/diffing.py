@@ -15,7 +15,7 @@ from replicate.cli.render.differences import comparison_json, render_comparison
 from replicate.cli.render.resolutions import exact_reference, explain_choice, explain_damage
 from replicate.cli.session import Session
 from replicate.cli.view import View
-from replicate.errors import NotStored
+from replicate.errors import NotStored, RepositoryDamaged
 from replicate.phrases import escape, format_size
 from replicate.records import FileChange
 
@@ -54,7 +54,7 @@ def diff(session: Session, left: str, right: str, with_content: bool, as_json: b
     changes: list[FileChange] | None = None
     try:
         changes = _compare_files(repository, (one, other), references)
-    except NotStored as error:
+    except (NotStored, RepositoryDamaged) as error:
         console.warn(f"files are not compared: {error.message}")
     for damage in filter(None, map(explain_damage, meanings)):
         console.warn(damage)

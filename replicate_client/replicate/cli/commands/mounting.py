@@ -206,6 +206,8 @@ def _interrupted_by_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except _Terminated:
+        raise Exit(_TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,175 +1,15 @@
 """The commands against a real daemon and a repository that a real script recorded."""
 
-import io
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-from replicate.cli import main
-
-DEADLINE_S = 60.0
-
-TRAIN = """\
-import pathlib, sys
-import replicate
-
-lr = float(sys.argv[1])
-experiment = replicate.init(path=["train.py", "data"], params={"lr": lr, "opt": "adam"}, name=f"run-{lr}")
-for step in range(3):
-    pathlib.Path("model.pt").write_bytes(bytes([0, step]) * 50_000)
-    experiment.checkpoint(
-        path="model.pt",
-        metrics={"loss": lr / (step + 1), "odd": float("nan")},
-        primary_metric=("loss", "minimize"),
-    )
-experiment.stop()
-"""
-
-
-@dataclass
-class Project:
-    """A project directory with its own home; `replicate` runs the command line in it."""
-
-    home: Path
-    directory: Path
-
-    @property
-    def environment(self):
-        environment = {**os.environ, "REPLICATE_HOME": str(self.home), "COLUMNS": "100"}
-        for name in ("REPLICATE_REPOSITORY", "REPLICATE_PROJECT_DIR", "NO_COLOR"):
-            environment.pop(name, None)
-        return environment
-
-    def command(self, *arguments):
-        return [sys.executable, "-m", "replicate.cli", *map(str, arguments)]
-
-    def run(self, *arguments, cwd=None, text=True):
-        """Run a command line in this process, which saves most of the time that a process takes."""
-        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-        with pytest.MonkeyPatch.context() as patch, open(os.devnull) as nothing:
-            for name in os.environ.keys() - self.environment.keys():
-                patch.delenv(name)
-            for name, value in self.environment.items():
-                patch.setenv(name, value)
-            patch.chdir(cwd or self.directory)
-            patch.setattr(sys, "stdin", nothing)
-            patch.setattr(sys, "stdout", out)
-            patch.setattr(sys, "stderr", err)
-            status = main.run([str(argument) for argument in arguments])
-            out.flush()
-            err.flush()
-        stdout, stderr = out.buffer.getvalue(), err.buffer.getvalue().decode()
-        return subprocess.CompletedProcess(arguments, status, stdout.decode() if text else stdout, stderr)
-
-    def replicate(self, *arguments, **options):
-        result = self.run(*arguments, **options)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    def json(self, *arguments):
-        return json.loads(self.replicate(*arguments, "--json"))
-
-    def train(self, lr, *, flush=True):
-        command = [sys.executable, "train.py", str(lr)]
-        subprocess.run(command, env=self.environment, cwd=self.directory, check=True, capture_output=True)
-        if flush:
-            self.replicate("flush")
-
-
-def make_project():
-    home = Path(tempfile.mkdtemp(prefix="rpl-"))  # short: the path of a socket holds 107 bytes
-    project = Project(home, home / "project")
-    project.directory.mkdir()
-    (project.directory / "train.py").write_text(TRAIN)
-    (project.directory / "data").mkdir()
-    (project.directory / "data" / "new\nline").write_bytes(b"x")
-    (project.directory / os.fsdecode(b"data/\xff")).write_bytes(b"odd")
-    (project.directory / "data" / "link").symlink_to("../train.py")
-    return project
-
-
-def end_project(project):
-    project.run("umount", "--all")
-    project.run("daemon", "stop")
-    shutil.rmtree(project.home)
-
-
-@pytest.fixture(scope="module")
-def project():
-    """Two finished runs; tests that share it only look."""
-    project = make_project()
-    try:
-        project.train(0.1)
-        project.train(0.01)
-        yield project
-    finally:
-        end_project(project)
-
-
-@pytest.fixture
-def own_project():
-    """A project with one run, to be changed."""
-    project = make_project()
-    try:
-        project.train(0.1)
-        yield project
-    finally:
-        end_project(project)
-
-
-@contextmanager
-def running(project, *arguments, **streams):
-    """A command as a process, which does not outlive the block."""
-    process = subprocess.Popen(
-        project.command(*arguments),
-        env=project.environment,
-        cwd=project.directory,
-        text=True,
-        **streams,
-    )
-    try:
-        yield process
-        assert process.poll() is not None, "the test left it running"
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def on_terminal(project, arguments, answers=()):
-    """Run a command on a terminal, answer its questions, and give its status and what it printed."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        project.command(*arguments),
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        env={**project.environment, "NO_COLOR": "1"},
-        cwd=project.directory,
-    )
-    os.close(follower)
-    for answer in answers:
-        os.write(leader, f"{answer}\n".encode())
-    output = b""
-    while True:
-        try:
-            piece = os.read(leader, 65536)
-        except OSError:  # how a pseudo-terminal says that nobody writes to it any more
-            break
-        if not piece:
-            break
-        output += piece
-    os.close(leader)
-    return process.wait(timeout=DEADLINE_S), output.decode()
 
 
 def test_ls_shows_what_differs(project):
@@ -278,7 +118,7 @@ def test_files_and_cat(project):
     assert any(line.endswith("data/new\\nline") for line in lines)
     assert any(line.endswith("data/\\xff") for line in lines)
     entries = {entry["path"]: entry for entry in project.json("files", "latest")}
-    assert entries["train.py"]["size"] == len(TRAIN)
+    assert entries["train.py"]["size"] == len(project.script)
     assert entries["data/link"]["target"] == "../train.py"
     assert entries["data/\udcff"]["path_bytes"] == "ZGF0YS//"
     assert [entry["path"] for entry in project.json("files", "latest", "model.pt")] == ["model.pt"]
@@ -313,7 +153,7 @@ def test_checkout(project, tmp_path):
     assert result.stdout.strip().endswith("train.py 0.01")
     out = tmp_path / "new" / "out"
     assert (out / "model.pt").read_bytes() == b"\0\x02" * 50_000
-    assert (out / "train.py").read_text() == TRAIN
+    assert (out / "train.py").read_text() == project.script
     assert os.readlink(out / "data" / "link") == "../train.py"
     assert sorted(os.listdir(os.fsencode(out / "data"))) == [b"link", b"new\nline", b"\xff"]
 
@@ -340,11 +180,11 @@ def test_checkout_into_a_full_directory_needs_force(project, tmp_path):
 
 def test_checkout_asks_on_a_terminal(project, tmp_path):
     (tmp_path / "model.pt").write_bytes(b"mine")
-    status, output = on_terminal(project, ["checkout", "latest", "-o", tmp_path], ["what", "n"])
+    status, output = project.on_terminal(["checkout", "latest", "-o", tmp_path], ["what", "n"])
     assert status == 1
     assert "Please answer y or n." in output and "nothing was checked out" in output
     assert (tmp_path / "model.pt").read_bytes() == b"mine"
-    status, output = on_terminal(project, ["checkout", "latest", "-o", tmp_path], ["y"])
+    status, output = project.on_terminal(["checkout", "latest", "-o", tmp_path], ["y"])
     assert status == 0, output
     assert (tmp_path / "model.pt").read_bytes() == b"\0\x02" * 50_000
 
@@ -399,21 +239,21 @@ def test_the_command_that_ends_a_mount_can_be_pasted(project, tmp_path):
 def test_a_mount_in_the_foreground_ends_with_a_signal(project, tmp_path, end, status):
     directory = tmp_path / "m"
     directory.mkdir()
-    with running(project, "mount", "latest", directory, "--foreground", stderr=subprocess.PIPE) as process:
+    with project.running("mount", "latest", directory, "--foreground", stderr=subprocess.PIPE) as process:
         assert process.stderr.readline().endswith("(Ctrl-C ends it)\n")
         assert os.path.ismount(directory)
         process.send_signal(end)
-        assert process.wait(timeout=DEADLINE_S) == status
+        assert process.wait(timeout=project.deadline_s) == status
     assert not os.path.ismount(directory)
 
 
 def test_a_mount_in_the_foreground_ends_when_it_is_unmounted_elsewhere(project, tmp_path):
     directory = tmp_path / "m"
     directory.mkdir()
-    with running(project, "mount", "latest", directory, "--foreground", stderr=subprocess.PIPE) as process:
+    with project.running("mount", "latest", directory, "--foreground", stderr=subprocess.PIPE) as process:
         process.stderr.readline()
         project.replicate("umount", directory)
-        assert process.wait(timeout=DEADLINE_S) == 0
+        assert process.wait(timeout=project.deadline_s) == 0
 
 
 def test_status_and_flush(project):
@@ -461,7 +301,7 @@ def unwritable_store(project):
 
 def test_what_is_held_up_is_said_and_stored_later(own_project):
     with unwritable_store(own_project):
-        (own_project.directory / "train.py").write_text(TRAIN + "# new")
+        (own_project.directory / "train.py").write_text(own_project.script + "# new")
         own_project.train(0.2, flush=False)
         result = own_project.run("flush", "--timeout", "0.1")
         assert (result.returncode, result.stdout) == (1, "")
@@ -480,7 +320,7 @@ def test_what_is_held_up_is_said_and_stored_later(own_project):
 
 def test_what_failed_is_said_and_forgotten_on_request(own_project):
     with unwritable_store(own_project):
-        (own_project.directory / "train.py").write_text(TRAIN + "# new")
+        (own_project.directory / "train.py").write_text(own_project.script + "# new")
         own_project.train(0.2, flush=False)
         own_project.replicate("daemon", "stop")
         for captured in (own_project.home / "state" / "spool").iterdir():
@@ -543,10 +383,10 @@ def test_rm_refuses_without_a_terminal(own_project):
 
 
 def test_rm_of_a_checkpoint_and_an_experiment(own_project):
-    status, output = on_terminal(own_project, ["rm", "latest:step=0"], ["n"])
+    status, output = own_project.on_terminal(["rm", "latest:step=0"], ["n"])
     assert status == 1 and "checkpoint " in output and "(step 0)" in output
     assert own_project.json("ls")[0]["num_checkpoints"] == 3
-    status, output = on_terminal(own_project, ["rm", "latest:step=0"], ["y"])
+    status, output = own_project.on_terminal(["rm", "latest:step=0"], ["y"])
     assert status == 0, output
     assert [c["step"] for c in own_project.json("show", "latest")["checkpoints"]] == [1, 2]
     unknown = own_project.run("rm", "-f", "latest", "0000000")
@@ -582,12 +422,12 @@ def test_the_daemon_starts_and_stops(own_project):
 
 
 def test_the_log_can_be_followed(own_project):
-    with running(own_project, "daemon", "logs", "-f", "-n", "1", stdout=subprocess.PIPE) as process:
+    with own_project.running("daemon", "logs", "-f", "-n", "1", stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() != ""
         own_project.replicate("daemon", "stop")
         assert process.stdout.readline() != ""
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=DEADLINE_S) == 130
+        assert process.wait(timeout=own_project.deadline_s) == 130
 
 
 def test_a_run_directory_open_to_others_is_refused_with_3(own_project):

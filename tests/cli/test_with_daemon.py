@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from replicate import query
+
 
 def test_ls_shows_what_differs(project):
     lines = project.replicate("ls").splitlines()
@@ -245,6 +247,22 @@ def test_a_mount_in_the_foreground_ends_with_a_signal(project, tmp_path, end, st
         process.send_signal(end)
         assert process.wait(timeout=project.deadline_s) == status
     assert not os.path.ismount(directory)
+
+
+@pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_mount_that_is_interrupted_while_it_is_made_is_not_left_behind(
+    project, tmp_path, monkeypatch, end, status
+):
+    def mount_and_interrupt(*arguments):
+        os.kill(os.getpid(), end)
+        return mount(*arguments)
+
+    mount = query.mount
+    monkeypatch.setattr(query, "mount", mount_and_interrupt)
+    result = project.run("mount", "latest", tmp_path / "m")
+    assert (result.returncode, result.stdout) == (status, "")
+    assert result.stderr == f"Unmounted {tmp_path}/m\n"
+    assert project.json("mounts") == []
 
 
 def test_a_mount_in_the_foreground_ends_when_it_is_unmounted_elsewhere(project, tmp_path):

@@ -7,7 +7,7 @@ import select
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.exceptions import Exit
@@ -72,19 +72,21 @@ def mount(session: Session, where: tuple[str, ...], foreground: bool, as_json: b
         )
     from replicate import query
 
-    console = session.console
-    with _interrupted_by_sigterm():
-        mounted = query.mount(session.project.repository, reference, directory)
-        if as_json:
-            console.write_json(_mount_json(mounted))
-            console.flush()
-        else:
-            shown = escape(mounted.directory)
-            command = f"replicate umount {format_shell_word(mounted.directory)}"
-            end = "Ctrl-C ends it" if foreground else f"`{command}` ends it"
-            console.note(f"Mounted {_describe(mounted)} on {shown} ({end})")
-        if foreground:
-            _wait_for_end(session, mounted)
+    mounted: MountInfo | None = None
+    with _Interrupts() as interrupts:
+        try:
+            with interrupts.deferred():  # or the daemon would finish a mount that nobody knows of
+                mounted = query.mount(session.project.repository, reference, directory)
+            _announce(session, mounted, foreground=foreground, as_json=as_json)
+            if foreground:
+                _wait_for_exit(mounted.pid)
+                session.console.note(f"{escape(mounted.directory)} was unmounted")
+        except KeyboardInterrupt as interrupt:
+            if mounted is None:
+                session.console.note("interrupted")
+            else:
+                _unmount(session, mounted)
+            raise Exit(_TERMINATED if isinstance(interrupt, _Terminated) else _INTERRUPTED) from None
 
 
 @click.command(cls=Command)
@@ -168,20 +170,27 @@ def _find_id(session: Session, reference: str) -> str:
     return meant.summary.record.id
 
 
-def _wait_for_end(session: Session, mounted: MountInfo) -> None:
-    """Wait until the user ends the mount here, or somebody unmounts it elsewhere."""
+def _announce(session: Session, mounted: MountInfo, *, foreground: bool, as_json: bool) -> None:
+    """Say that the mount can be used."""
+    console = session.console
+    if as_json:
+        console.write_json(_mount_json(mounted))
+        console.flush()
+        return
+    command = f"replicate umount {format_shell_word(mounted.directory)}"
+    end = "Ctrl-C ends it" if foreground else f"`{command}` ends it"
+    console.note(f"Mounted {_describe(mounted)} on {escape(mounted.directory)} ({end})")
+
+
+def _unmount(session: Session, mounted: MountInfo) -> None:
+    """End a mount that was made here."""
     from replicate import query
 
     try:
-        _wait_for_exit(mounted.pid)
-        session.console.note(f"{escape(mounted.directory)} was unmounted")
-    except KeyboardInterrupt as interrupt:
-        try:
-            query.unmount(directory=mounted.directory)
-        except NotFound:
-            pass  # unmounted elsewhere at the same moment
-        session.console.note(f"Unmounted {escape(mounted.directory)}")
-        raise Exit(_TERMINATED if isinstance(interrupt, _Terminated) else _INTERRUPTED) from None
+        query.unmount(directory=mounted.directory)
+    except NotFound:
+        pass  # unmounted elsewhere at the same moment
+    session.console.note(f"Unmounted {escape(mounted.directory)}")
 
 
 def _wait_for_exit(pid: int) -> None:
@@ -196,20 +205,43 @@ def _wait_for_exit(pid: int) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM end the block as Ctrl-C does, so that a mount is not left behind."""
+class _Interrupts:
+    """Makes SIGTERM interrupt the block as Ctrl-C does, so that a mount is not left behind."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+    def __init__(self) -> None:
+        self._before: dict[signal.Signals, Any] = {}
+        self._is_deferring = False
+        self._deferred: int | None = None
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except _Terminated:
-        raise Exit(_TERMINATED) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __enter__(self) -> _Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the block finish before it is interrupted, unless the user insists."""
+        self._is_deferring = True
+        try:
+            yield
+        finally:
+            self._is_deferring = False
+        if self._deferred is not None:
+            _raise_interrupt(self._deferred)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_deferring or self._deferred is not None:
+            _raise_interrupt(number)
+        self._deferred = number
+
+
+def _raise_interrupt(number: int) -> NoReturn:
+    raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _describe(mounted: MountInfo) -> str:

@@ -88,9 +88,7 @@ class Snapshot:
         try:
             files, size_bytes = _when_stored(write)
         except CheckoutConflict as error:
-            # The daemon speaks to users of the command line.
-            hint = "" if force else "force=True replaces what has the same name; or choose another directory"
-            raise CheckoutConflict(error.message, hint=hint, fields=error.fields) from None
+            raise CheckoutConflict(error.message, hint=_for_python(error.hint), fields=error.fields) from None
         if not quiet:
             notices.say(f"wrote {plural(files, 'file')} ({format_size(size_bytes)}) to {os.fspath(dir)}")
 
@@ -256,6 +254,13 @@ def _entry(repository: str, reference: str, path: str) -> FileEntry | None:
 
 def _no_file(path: str, why: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, why, path)
+
+
+def _for_python(hint: str) -> str:
+    """What the daemon advises to users of the command line, for those of the library."""
+    if "--force" in hint:
+        return "force=True replaces what has the same name (the rest stays); or choose another directory"
+    return "choose another directory" if "--" in hint else hint
 
 
 def _when_stored(read: Callable[[], _Result]) -> _Result:

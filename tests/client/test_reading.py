@@ -164,6 +164,9 @@ def test_files_in_the_way_of_a_checkout_are_replaced_only_by_force(linked, tmp_p
     with pytest.raises(errors.CheckoutConflict) as caught:
         linked.checkout(tmp_path / "out")
     assert "force=True" in caught.value.hint and "--" not in str(caught.value)
+    with pytest.raises(errors.CheckoutConflict) as caught:
+        linked.checkout(tmp_path / "out" / "direct", force=True)
+    assert caught.value.hint == "choose another directory"
     linked.checkout(tmp_path / "out", quiet=True, force=True)
     assert (tmp_path / "out" / "direct").read_text() == "content"
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from blake3 import blake3
+
 from replicate import wire
 from replicate._pb import daemon_pb2 as pb
-from replicate.errors import NotFound, RepositoryDamaged, RepositoryIncompatible
+from replicate.errors import NotFound, RepositoryDamaged, RepositoryIncompatible, RepositoryUnreachable
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId, short
 from replicate.records import (
     CheckpointRecord,
@@ -35,7 +37,7 @@ from replicated.sqlite import DatabaseUnusable, open_database
 
 #: "RPLC"
 APPLICATION_ID = 0x52504C43
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE experiments (
@@ -46,6 +48,8 @@ CREATE TABLE experiments (
     -- stored, or failed when the record says that files were saved and there is no snapshot.
     state TEXT NOT NULL,
     error TEXT NOT NULL DEFAULT '',
+    -- Not what it should be when it was read: read again at every refresh.
+    is_suspect INTEGER NOT NULL,
     -- Derived from the rows of `checkpoints` whenever those change, so that a list need not read them.
     checkpoint_count INTEGER NOT NULL DEFAULT 0,
     latest BLOB,
@@ -56,8 +60,11 @@ CREATE TABLE checkpoints (
     experiment_id TEXT NOT NULL,
     created_ns INTEGER NOT NULL,
     -- Serialized replicate.v1.Checkpoint.
-    record BLOB NOT NULL
+    record BLOB NOT NULL,
+    is_suspect INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX suspect_experiments ON experiments (id) WHERE is_suspect;
+CREATE INDEX suspect_checkpoints ON checkpoints (id) WHERE is_suspect;
 CREATE INDEX checkpoints_by_experiment ON checkpoints (experiment_id, created_ns);
 CREATE TABLE edits (
     id TEXT PRIMARY KEY,
@@ -94,7 +101,10 @@ class Catalog:
     def __init__(self, repository: Repository, directory: Path) -> None:
         self._repository = repository
         self._lock = threading.Lock()
-        self._database = _open(directory / f"{repository.id}.db")
+        # A copy of a repository has its id but not its contents, hence the URL.
+        place = blake3(repository.url.encode()).hexdigest()[:16]
+        self._file = directory / f"{repository.id[:16]}-{place}.db"
+        self._database = _open(self._file)
 
     def close(self) -> None:
         """Close the database."""
@@ -103,22 +113,17 @@ class Catalog:
 
     def refresh(self) -> None:
         """Take in what was written to, and removed from, the repository since the last time."""
-        with self._lock, self._database:
-            repository, database = self._repository, self._database
-            present = set(repository.list_experiment_ids())
-            known = {row[0] for row in database.execute("SELECT id FROM experiments")}
-            for gone in known - present:
-                for table, column in (
-                    ("experiments", "id"),
-                    ("checkpoints", "experiment_id"),
-                    ("edits", "experiment_id"),
-                ):
-                    database.execute(f"DELETE FROM {table} WHERE {column} = ?", (gone,))
-            for identifier in present - known:
-                self._add_experiment(ExperimentId(identifier))
-            for identifier in present:
-                self._refresh_checkpoints(ExperimentId(identifier))
-                self._refresh_edits(ExperimentId(identifier))
+        with self._lock:
+            try:
+                self._refresh()
+            except sqlite3.OperationalError as error:
+                raise _unusable(self._file, error) from error
+            except sqlite3.DatabaseError as error:
+                _log.warning("the catalog is damaged and made anew: %s", error)
+                self._database.close()
+                _remove(self._file)
+                self._database = _open(self._file)
+                self._refresh()
 
     def entries(self, identifier: str | None = None) -> Iterator[CatalogEntry]:
         """All experiments, oldest first; or the one of that id, if it is there."""
@@ -169,6 +174,25 @@ class Catalog:
             ).fetchall()
         return {row[0] for row in experiments}, dict(checkpoints)
 
+    def _refresh(self) -> None:
+        with self._database as database:
+            database.execute("DELETE FROM experiments WHERE is_suspect")
+            database.execute("DELETE FROM checkpoints WHERE is_suspect")
+            present = set(self._repository.list_experiment_ids())
+            known = {row[0] for row in database.execute("SELECT id FROM experiments")}
+            for gone in known - present:
+                for table, column in (
+                    ("experiments", "id"),
+                    ("checkpoints", "experiment_id"),
+                    ("edits", "experiment_id"),
+                ):
+                    database.execute(f"DELETE FROM {table} WHERE {column} = ?", (gone,))
+            for identifier in present - known:
+                self._add_experiment(ExperimentId(identifier))
+            for identifier in present:
+                self._refresh_checkpoints(ExperimentId(identifier))
+                self._refresh_edits(ExperimentId(identifier))
+
     def _add_experiment(self, identifier: ExperimentId) -> None:
         state: SnapshotState = "stored"
         error = ""
@@ -184,15 +208,19 @@ class Catalog:
             record = ExperimentRecord(identifier, parse_time(_UNREADABLE_CREATED))
             state, error = "failed", damage.message
         self._database.execute(
-            "INSERT INTO experiments (id, created_ns, record, state, error) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO experiments (id, created_ns, record, state, error, is_suspect) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
             (
                 identifier,
                 wire.encode_time(record.created),
                 wire.encode_experiment(record).SerializeToString(),
                 state,
                 error,
+                state == "failed",
             ),
         )
+        # Its checkpoints may be known already, if it is read again.
+        self._derive(identifier)
 
     def _refresh_checkpoints(self, experiment_id: ExperimentId) -> None:
         present = set(self._repository.list_checkpoint_ids(experiment_id))
@@ -208,6 +236,7 @@ class Catalog:
             "DELETE FROM checkpoints WHERE id = ?", [(gone,) for gone in known - present]
         )
         for identifier in present - known:
+            is_suspect = False
             try:
                 record = self._repository.load_checkpoint(experiment_id, CheckpointId(identifier))
             except NotFound:
@@ -222,13 +251,15 @@ class Catalog:
                     state="failed",
                     error=damage.message,
                 )
+                is_suspect = True
             self._database.execute(
-                "INSERT INTO checkpoints VALUES (?, ?, ?, ?)",
+                "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?)",
                 (
                     identifier,
                     experiment_id,
                     wire.encode_time(record.created),
                     wire.encode_checkpoint(record).SerializeToString(),
+                    is_suspect,
                 ),
             )
         self._derive(experiment_id)
@@ -287,10 +318,23 @@ def _open(file: Path) -> sqlite3.Connection:
     try:
         return _connect(file)
     except DatabaseUnusable as error:
+        if isinstance(error.__cause__, sqlite3.OperationalError):
+            raise _unusable(file, error.__cause__) from error
         _log.warning("the catalog is made anew: %s", error)
-        for part in (file, file.with_name(file.name + "-wal"), file.with_name(file.name + "-shm")):
-            part.unlink(missing_ok=True)
+        _remove(file)
         return _connect(file)
+
+
+def _remove(file: Path) -> None:
+    for part in (file, file.with_name(file.name + "-wal"), file.with_name(file.name + "-shm")):
+        part.unlink(missing_ok=True)
+
+
+def _unusable(file: Path, error: Exception) -> RepositoryUnreachable:
+    return RepositoryUnreachable(
+        f"cannot use the catalog {file}: {error}",
+        hint="check that there is space and that you may write there",
+    )
 
 
 def _connect(file: Path) -> sqlite3.Connection:

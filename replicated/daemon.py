@@ -41,8 +41,9 @@ from replicated.sqlite import DatabaseUnusable
 
 #: A daemon that was started on demand and has had nothing to do for this long leaves.
 IDLE_EXIT_S = 600.0
-#: How long a stop waits for captures and checkouts that are being answered.
-STOP_GRACE_S = 30.0
+#: How long a stop waits for requests that are being answered. Captures that take longer are repeated by the
+#: library with the next daemon; that one, and the library, wait longer than this.
+STOP_GRACE_S = 5.0
 #: How long a start waits for a daemon that is leaving.
 LOCK_PATIENCE_S = 20.0
 #: sun_path of a Unix socket holds 108 bytes, the last of them NUL.
@@ -97,6 +98,10 @@ def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S) -> N
             _log.exception("the daemon ends because of an error")
             raise
         _log.info("stopped")
+        logging.shutdown()
+        # Threads of requests that were cut off may still be writing: the lock must hold until they have
+        # ended, and they would hold up a normal exit for as long as they please.
+        os._exit(0)
 
 
 class _Idleness:

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from replicate.errors import Ambiguous, InvalidArgument, NotFound
+from replicate.errors import Ambiguous, InvalidArgument, NotFound, RepositoryMissing
 from replicate.ids import Reference, parse_reference, short
 from replicate.records import (
     CheckpointRecord,
@@ -172,25 +172,33 @@ class Experiments:
     def _view(self, repository: str) -> _View:
         # The journal first: a job that is stored in between is then seen in both and not in neither.
         jobs = _Overlay(self._journal.unfinished(repository), self._journal.runs())
-        catalog = self._catalog(repository)
+        try:
+            catalog = self._catalog(repository)
+        except RepositoryMissing:
+            if not jobs.experiments and not jobs.checkpoints:
+                raise
+            # Moved, unmounted or deleted: what waits to be stored in it is known all the same.
+            return _View(repository, None, jobs)
         catalog.refresh()
         return _View(repository, catalog, jobs)
 
     def _summaries(self, view: _View) -> list[ExperimentSummary]:
         """Every experiment, oldest first."""
-        entries = list(view.catalog.entries())
+        entries = list(view.catalog.entries()) if view.catalog else []
         known = {entry.record.id for entry in entries}
         pending = [_pending_entry(job) for job in view.jobs.experiments.values() if job.id not in known]
         summaries = [self._summarise(view, entry) for entry in [*entries, *pending]]
         return sorted(summaries, key=lambda s: (s.record.created, s.record.id))
 
     def _summary(self, view: _View, experiment_id: str) -> ExperimentSummary:
-        entry = next(view.catalog.entries(experiment_id), None)
-        if entry is None:
-            if experiment_id not in view.jobs.experiments:
-                raise NotFound(f"experiment {short(experiment_id)} was removed")
-            entry = _pending_entry(view.jobs.experiments[experiment_id])
-        return self._summarise(view, entry)
+        entry = next(view.catalog.entries(experiment_id), None) if view.catalog else None
+        if entry is not None:
+            return self._summarise(view, entry)
+        # Of an experiment that is stored, in a repository that is missing, the journal still has the record.
+        job = view.jobs.experiments.get(experiment_id) or self._journal.find(experiment_id)
+        if job is None or job.state == "removed":
+            raise NotFound(f"experiment {short(experiment_id)} was removed")
+        return self._summarise(view, _pending_entry(job))
 
     def _summarise(self, view: _View, entry: CatalogEntry) -> ExperimentSummary:
         identifier = entry.record.id
@@ -230,16 +238,19 @@ class Experiments:
         if process is not None and process.boot_id == current_boot_id():
             # Of this machine, recorded by a daemon of another home.
             return ("running" if is_alive(process) else "killed"), None
+        if view.catalog is None:
+            return "unknown", None
         heartbeat = self._repositories.get(view.repository).load_heartbeat(record.id)
         if heartbeat is not None and utc_now() - heartbeat.time < HEARTBEAT_FRESH:
             return "running", None
         return "unknown", None
 
     def _checkpoints(self, view: _View, experiment_id: str) -> list[CheckpointRecord]:
-        return _merge(view.catalog.checkpoints(experiment_id), view.jobs.checkpoints.get(experiment_id, []))
+        stored = view.catalog.checkpoints(experiment_id) if view.catalog else []
+        return _merge(stored, view.jobs.checkpoints.get(experiment_id, []))
 
     def _find_ids(self, view: _View, prefix: str) -> tuple[set[str], dict[str, str]]:
-        experiments, checkpoints = view.catalog.find_ids(prefix)
+        experiments, checkpoints = view.catalog.find_ids(prefix) if view.catalog else (set(), {})
         experiments.update(found for found in view.jobs.experiments if found.startswith(prefix))
         for experiment_id, pending in view.jobs.checkpoints.items():
             checkpoints.update((c.id, experiment_id) for c in pending if c.id.startswith(prefix))
@@ -251,7 +262,8 @@ class _View:
     """A repository as it is at one moment: what the journal knows, and the refreshed catalog."""
 
     repository: str
-    catalog: Catalog
+    #: None when the repository is missing.
+    catalog: Catalog | None
     jobs: _Overlay
 
 

@@ -183,7 +183,11 @@ class Intake:
                 size_bytes=captured.size_bytes,
                 is_durable=request.durable,
             )
-        self._journal.add(dataclasses.replace(job, boot_id=current_boot_id()))
+        try:
+            self._journal.add(dataclasses.replace(job, boot_id=current_boot_id()))
+        except BaseException:
+            self._capturer.forget(job.id)
+            raise
         self._wake(job.repository)
         return Accepted(captured, "captured")
 

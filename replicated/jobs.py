@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Iterable
@@ -128,16 +129,12 @@ class Jobs:
         while not self._stopping:
             # Registered before the journal is asked, so that a job finished in between is not missed.
             with self._changed:
-                if not self._is_pending(wanted):
+                if not self._journal.has_captured(wanted):
                     return
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return
                 self._changed.wait(left)
-
-    def _is_pending(self, wanted: frozenset[str]) -> bool:
-        captured = self._journal.captured()
-        return any(not wanted or job.id in wanted or job.experiment_id in wanted for job in captured)
 
     def _finished(self) -> None:
         with self._changed:
@@ -169,49 +166,70 @@ class _Worker:
         self.bytes_done = 0
         self.started = 0.0
         self.waiting_because = ""
+        # The thread's own.
+        self._pause_s = FIRST_PAUSE_S
+        self._unexpected = 0
         self.thread = threading.Thread(target=self._run, name="store", daemon=True)
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICENESS)
-        pause, unexpected = FIRST_PAUSE_S, 0
         while not self._jobs.is_stopping:
-            job = self._jobs._journal.next_captured(self._repository)
-            if job is None:
-                self.waiting_because = ""
-                self.wake.wait()
-                self.wake.clear()
-                continue
-            self.active, self.bytes_done, self.started = job, 0, time.monotonic()
             try:
-                self._store(job)
-                pause, unexpected, self.waiting_because = FIRST_PAUSE_S, 0, ""
-                continue
+                self._take_next()
             except _Stopped:
                 return
-            except (CaptureFailed, _ExperimentGone) as error:
-                self._fail(job, error.message)
-                continue
-            except ReplicateError as error:
-                self.waiting_because = str(error)
-                _log.warning("storing %s: %s; again in %.0f s", short(job.id), error, pause)
             except Exception as error:
-                unexpected += 1
-                _log.exception("storing %s failed unexpectedly (try %d)", short(job.id), unexpected)
-                if unexpected >= UNEXPECTED_TRIES:
-                    unexpected = 0
-                    self._fail(job, f"internal error: {type(error).__name__}: {error}")
-                    continue
-            finally:
-                self.active = None
-            if not self._is_wanted(job):
-                # Removed meanwhile, by somebody who left its files to whoever was reading them.
-                self._jobs._spool.remove(job.id)
-                continue
-            self._make_durable()
-            # Jitter: many machines that lost the same store must not come back in step.
-            self.wake.wait(pause * random.uniform(0.5, 1.5))
+                # Nothing may end this thread but a stop: the journal itself can be out of space.
+                _log.exception("the worker of %s", self._repository)
+                self._rest(str(error))
+
+    def _take_next(self) -> None:
+        """Store the oldest job, or wait for one; after trouble, wait for better times."""
+        job = self._jobs._journal.next_captured(self._repository)
+        if job is None:
+            self.waiting_because = ""
+            self.wake.wait()
             self.wake.clear()
-            pause = min(pause * 2, LONGEST_PAUSE_S)
+            return
+        self.active, self.bytes_done, self.started = job, 0, time.monotonic()
+        try:
+            self._store(job)
+        except (CaptureFailed, _ExperimentGone) as error:
+            self._fail(job, error.message)
+        except (ReplicateError, OSError, sqlite3.OperationalError) as error:
+            # No space, no descriptors, no repository: none of it is the snapshot's fault.
+            _log.warning("storing %s: %s", short(job.id), error)
+            self._wait_for_better_times(job, str(error))
+        except _Stopped:
+            raise
+        except Exception as error:
+            self._unexpected += 1
+            _log.exception("storing %s failed unexpectedly (try %d)", short(job.id), self._unexpected)
+            if self._unexpected < UNEXPECTED_TRIES:
+                self._wait_for_better_times(job, f"{type(error).__name__}: {error}")
+            else:
+                self._unexpected = 0
+                self._fail(job, f"internal error: {type(error).__name__}: {error}")
+        else:
+            self._pause_s, self._unexpected, self.waiting_because = FIRST_PAUSE_S, 0, ""
+        finally:
+            self.active = None
+
+    def _wait_for_better_times(self, job: Job, reason: str) -> None:
+        self.active = None
+        if self._is_wanted(job):
+            self._make_durable()
+            self._rest(reason)
+        else:
+            # Removed meanwhile, by somebody who left its files to whoever was reading them.
+            self._jobs._spool.remove(job.id)
+
+    def _rest(self, reason: str) -> None:
+        self.waiting_because = reason
+        # Jitter: many machines that lost the same store must not come back in step.
+        self.wake.wait(self._pause_s * random.uniform(0.5, 1.5))
+        self.wake.clear()
+        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
 
     def _store(self, job: Job) -> None:
         jobs = self._jobs
@@ -271,6 +289,9 @@ class _Worker:
         try:
             repository = jobs._repositories.get(job.repository)
             with jobs.publishing:
+                if not self._is_wanted(job):
+                    jobs._spool.remove(job.id)
+                    return
                 if job.kind == "experiment":
                     repository.put_experiment(job.experiment())
                 elif job.kind == "checkpoint":

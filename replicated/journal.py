@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from replicate import wire
 from replicate._pb import daemon_pb2 as pb
+from replicate.errors import StateUnwritable
 from replicate.ids import ExperimentId
 from replicate.records import CheckpointRecord, ExperimentRecord, ProcessIdentity
 from replicated.sqlite import open_database
@@ -131,7 +133,7 @@ class Journal:
 
     def add(self, job: Job) -> Job:
         """Commit a job, or return the one that has its id already; durable on return."""
-        with self._lock, self._connection:
+        with self._writing():
             self._connection.execute(
                 f"INSERT INTO jobs ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) "
                 "ON CONFLICT (id) DO NOTHING",
@@ -165,6 +167,19 @@ class Journal:
             return self._select("WHERE state = 'captured' ORDER BY seq")
         return self._select("WHERE state = 'captured' AND repository = ? ORDER BY seq", (repository,))
 
+    def has_captured(self, identifiers: Iterable[str] = ()) -> bool:
+        """Whether any job waits to be stored, of these experiments and checkpoints or of all."""
+        wanted = list(identifiers)
+        with self._lock:
+            if not wanted:
+                query = "SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'captured')"
+                return bool(self._connection.execute(query).fetchone()[0])
+            query = (
+                "SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'captured' "
+                "AND (id = ? OR experiment_id = ?))"
+            )
+            return any(self._connection.execute(query, (one, one)).fetchone()[0] for one in wanted)
+
     def next_captured(self, repository: str) -> Job | None:
         """The oldest job that waits to be stored in a repository."""
         found = self._select(
@@ -188,12 +203,12 @@ class Journal:
 
     def set_durable(self, identifier: str) -> None:
         """Commit that the spool of a job was fsynced."""
-        with self._lock, self._connection:
+        with self._writing():
             self._connection.execute("UPDATE jobs SET is_durable = 1 WHERE id = ?", (identifier,))
 
     def finish(self, identifier: str, state: JobState, now_ns: int, error: str = "") -> None:
         """Commit what became of a job; a removed job stays removed."""
-        with self._lock, self._connection:
+        with self._writing():
             self._connection.execute(
                 "UPDATE jobs SET state = ?, error = ?, finished_ns = ? WHERE id = ? AND state != 'removed'",
                 (state, error, now_ns, identifier),
@@ -201,7 +216,7 @@ class Journal:
 
     def remove(self, identifiers: Iterable[str], now_ns: int) -> None:
         """Turn jobs into tombstones."""
-        with self._lock, self._connection:
+        with self._writing():
             self._connection.executemany(
                 "UPDATE jobs SET state = 'removed', error = '', finished_ns = ? WHERE id = ?",
                 [(now_ns, identifier) for identifier in identifiers],
@@ -209,7 +224,7 @@ class Journal:
 
     def forget_finished(self, now_ns: int) -> None:
         """Drop rows of stored jobs that nobody will ask about any more."""
-        with self._lock, self._connection:
+        with self._writing():
             self._connection.execute(
                 "DELETE FROM jobs WHERE state IN ('stored', 'removed') AND finished_ns < ?",
                 (now_ns - KEEP_FINISHED_NS,),
@@ -218,7 +233,7 @@ class Journal:
     def start_run(self, run: Run) -> None:
         """Remember a training process to be watched, also by the next daemon."""
         process = run.process
-        with self._lock, self._connection:
+        with self._writing():
             self._connection.execute(
                 "INSERT INTO runs VALUES (?, ?, ?, ?, ?) ON CONFLICT (experiment_id) DO UPDATE SET "
                 "repository = excluded.repository, pid = excluded.pid, start_ticks = excluded.start_ticks, "
@@ -228,7 +243,7 @@ class Journal:
 
     def end_run(self, experiment_id: str) -> Run | None:
         """Forget a run; what it was, to one of those who end it at the same time, None to the others."""
-        with self._lock, self._connection:
+        with self._writing():
             row = self._connection.execute(
                 f"SELECT {_RUN_COLUMNS} FROM runs WHERE experiment_id = ?", (experiment_id,)
             ).fetchone()
@@ -240,6 +255,19 @@ class Journal:
         with self._lock:
             rows = self._connection.execute(f"SELECT {_RUN_COLUMNS} FROM runs").fetchall()
         return [_run(row) for row in rows]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction; raises `StateUnwritable` when it cannot be committed, and then nothing is."""
+        with self._lock:
+            try:
+                with self._connection:
+                    yield
+            except sqlite3.OperationalError as error:
+                raise StateUnwritable(
+                    f"the daemon cannot write its journal: {error}",
+                    hint="free some space where REPLICATE_HOME (or ~/.local/state) lies",
+                ) from error
 
     def _select(self, where: str, values: Sequence[str] = ()) -> list[Job]:
         with self._lock:

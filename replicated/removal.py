@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from replicate.errors import InvalidArgument
+from replicate.errors import InvalidArgument, RepositoryMissing
 from replicate.ids import CheckpointId, ExperimentId, short
 from replicated.experiments import Experiments
 from replicated.jobs import Jobs
-from replicated.journal import Journal
+from replicated.journal import Job, Journal
 from replicated.repositories import OpenRepositories
+from replicated.repository import Repository
 from replicated.snapshot.spool import Spool
 
 
@@ -78,22 +79,32 @@ class Removal:
 
     def remove(self, repository: str, plan: Sequence[Removable]) -> None:
         """Take away what a plan lists; durable on return, and harmless to repeat."""
-        opened = self._repositories.get(repository)
+        opened = self._open(repository, plan)
         for item in plan:
-            jobs = [
-                job.id
-                for job in self._journal.of_experiment(item.experiment_id)
-                if item.kind == "experiment" or job.id == item.id
-            ]
+            jobs = [job.id for job in self._jobs_of(item)]
             with self._jobs.publishing:
                 self._journal.remove(jobs, time.time_ns())
                 if item.kind == "experiment":
                     self._journal.end_run(item.experiment_id)
+                if opened is not None and item.kind == "experiment":
                     opened.delete_experiment(item.experiment_id)
-                else:
+                elif opened is not None:
                     opened.delete_checkpoint(item.experiment_id, CheckpointId(item.id))
             progress = self._jobs.progress()
             for job in jobs:
                 # The spool of a job that is being read is removed by its worker.
                 if job not in progress.active_ids:
                     self._spool.remove(job)
+
+    def _open(self, repository: str, plan: Sequence[Removable]) -> Repository | None:
+        """The repository; None when it is missing and nothing of the plan is in it yet."""
+        try:
+            return self._repositories.get(repository)
+        except RepositoryMissing:
+            if any(job.state == "stored" for item in plan for job in self._jobs_of(item)):
+                raise
+            return None
+
+    def _jobs_of(self, item: Removable) -> list[Job]:
+        jobs = self._journal.of_experiment(item.experiment_id)
+        return [job for job in jobs if item.kind == "experiment" or job.id == item.id]

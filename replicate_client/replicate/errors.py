@@ -23,6 +23,7 @@ help. The class that is raised in the daemon is the class that arrives in the cl
     │   ├── RepositoryFull                exit 1   retry helps once there is space
     │   ├── RepositoryDamaged             exit 1
     │   └── RepositoryIncompatible        exit 1
+    ├── StateUnwritable                   exit 1   the daemon's own state; retry helps once there is space
     ├── DaemonUnavailable                 exit 3   retry helps
     │   └── DaemonIncompatible            exit 3
     └── InternalError                     exit 1   our bug
@@ -160,6 +161,13 @@ class RepositoryIncompatible(RepositoryError):
     """The repository was written by a newer version or with unknown features."""
 
     code = "repository_incompatible"
+
+
+class StateUnwritable(ReplicateError):
+    """The daemon cannot write its journal: usually no space is left where `REPLICATE_HOME` lies."""
+
+    code = "state_unwritable"
+    retryable = True
 
 
 class DaemonUnavailable(ReplicateError):

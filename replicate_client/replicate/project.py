@@ -152,11 +152,18 @@ def init(
 def flush(timeout: float | None = None) -> None:
     """Wait until everything that this machine captured is stored.
 
-    Raises `TimeoutError` after `timeout` seconds and `NotStored` naming what failed.
+    Raises `TimeoutError` after `timeout` seconds, and `NotStored` naming what failed meanwhile or belongs to
+    an experiment of this process.
     """
     if is_disabled():
         return
-    failures = query.wait_stored((), timeout).failures
+    known = {failure.id for failure in query.status().failures}
+    failures = [
+        failure
+        for failure in query.wait_stored((), timeout).failures
+        # What failed earlier, elsewhere, is in `replicate status`, and not this script's affair.
+        if failure.id not in known or failure.experiment_id in run.own_experiments()
+    ]
     if failures:
         first = failures[0]
         raise NotStored(

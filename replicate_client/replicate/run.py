@@ -409,6 +409,11 @@ _is_exiting = False
 _is_failing = False
 
 
+def own_experiments() -> frozenset[ExperimentId]:
+    """The experiments that this process, or the one that it was forked from, began or resumed."""
+    return frozenset(run.experiment_id for run in _runs)
+
+
 def _remember(run: Run) -> None:
     if not _runs:
         atexit.register(_end_all)

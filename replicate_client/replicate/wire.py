@@ -45,6 +45,7 @@ MAX_REQUEST_BYTES = 4 << 20
 MAX_REPLY_BYTES = 16 << 20
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_NANOSECONDS = 10**9
 _INT64 = range(-(2**63), 2**63)
 _MAX_BIG_INTEGER_DIGITS = 4000
 
@@ -288,7 +289,8 @@ def encode_file_entry(entry: FileEntry) -> pb.FileEntry:
         type=entry.type,
         mode=entry.mode,
         size=entry.size,
-        mtime_ns=entry.mtime_ns,
+        mtime_s=entry.mtime_ns // _NANOSECONDS,
+        mtime_nanos=entry.mtime_ns % _NANOSECONDS,
         hash=bytes.fromhex(entry.hash),
         target=encode_path(entry.target),
     )
@@ -301,7 +303,7 @@ def decode_file_entry(message: pb.FileEntry) -> FileEntry:
         type=decode_word(message.type, get_args(FileType), "file type"),
         mode=message.mode,
         size=message.size,
-        mtime_ns=message.mtime_ns,
+        mtime_ns=message.mtime_s * _NANOSECONDS + message.mtime_nanos,
         hash=message.hash.hex(),
         target=decode_path(message.target),
     )

@@ -89,6 +89,10 @@ class Capturer:
             raise
         return Captured(walk.file_count, walk.size_bytes, walk.warnings())
 
+    def forget(self, identifier: str) -> None:
+        """Remove what was captured, because it could not be acknowledged."""
+        self._spool.remove(identifier)
+
 
 @dataclass(slots=True)
 class _Selection:

@@ -100,7 +100,8 @@ class _Mapping:
         try:
             with file.open("rb") as opened:
                 self._mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
+            # Anything else, such as a lack of descriptors or memory, passes.
             raise CaptureFailed(f"the spool file cannot be read: {file}: {error}") from error
         self._mapped.madvise(mmap.MADV_SEQUENTIAL)
         self._forgotten = 0

@@ -26,6 +26,7 @@ from replicate.records import FileType
 TEMPORARY_SUFFIX = ".tmp"
 ENTRIES_FILE = "entries"
 PACKED_FILE = "packed"
+NANOSECONDS = 10**9
 #: A name of 255 bytes at a depth of 4096 bytes, with room to spare: longer input is not ours.
 _MAX_ENTRY_BYTES = 64 << 10
 
@@ -121,7 +122,8 @@ class EntryWriter:
                     entry.path,
                     entry.type,
                     entry.mode,
-                    entry.mtime_ns,
+                    # Seconds and nanoseconds: together they end in 2262.
+                    *divmod(entry.mtime_ns, NANOSECONDS),
                     entry.size,
                     entry.target,
                     entry.source,
@@ -147,11 +149,11 @@ def read_entries(directory: Path) -> Iterator[SpooledEntry]:
                 max_bin_len=_MAX_ENTRY_BYTES,
                 max_str_len=_MAX_ENTRY_BYTES,
             )
-            for values in unpacker:
-                yield SpooledEntry(*values)
+            for path, kind, mode, seconds, nanoseconds, *rest in unpacker:
+                yield SpooledEntry(path, kind, mode, seconds * NANOSECONDS + nanoseconds, *rest)
             if unpacker.tell() != os.fstat(file.fileno()).st_size:
                 raise CaptureFailed(f"the spool is cut short: {directory}")
-    except (OSError, ValueError, TypeError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise CaptureFailed(f"the spool cannot be read: {directory}: {error}") from error
 
 

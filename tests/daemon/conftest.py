@@ -42,10 +42,10 @@ class Daemon:
         self.channel: grpc.Channel | None = None
         self.stub: pb_grpc.DaemonStub = None
 
-    def start(self, *options: str, environment=None) -> None:
+    def start(self, *options: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "replicated", "serve", *options],
-            env={**os.environ, "REPLICATE_HOME": str(self.home), **(environment or {})},
+            env={**os.environ, "REPLICATE_HOME": str(self.home)},
             cwd="/",
         )
         socket = self.home / "run" / "replicated.sock"
@@ -212,6 +212,24 @@ def project(daemon, tmp_path):
     directory = tmp_path / "project"
     directory.mkdir()
     return Project(daemon, directory, f"file://{directory}/.replicate")
+
+
+@pytest.fixture
+def make_project(tmp_path):
+    """Projects with daemons of their own, in a given home."""
+    made = []
+
+    def make(home: Path) -> Project:
+        running = Daemon(home)
+        made.append(running)
+        running.start()
+        directory = tmp_path / f"project-{len(made)}"
+        directory.mkdir()
+        return Project(running, directory, f"file://{directory}/.replicate")
+
+    yield make
+    for running in made:
+        running.stop()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -439,8 +440,6 @@ def test_a_message_that_is_too_large_is_refused(project):
 
 
 def test_random_bytes_on_the_socket_do_no_harm(project):
-    import socket
-
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(project.daemon.home / "run" / "replicated.sock"))
         client.sendall(os.urandom(4096))
@@ -540,3 +539,95 @@ def test_trouble_with_storing_is_told_to_the_script(project, wait_until):
     (project.directory / "moved").rename(project.directory / ".replicate")
     project.flush()
     assert project.daemon.stub.GetStatus(pb.GetStatusRequest()).waiting_because == ""
+
+
+def test_what_waits_for_a_missing_repository_is_listed_and_can_be_removed(project, error_of):
+    experiment = project.init()
+    project.flush()
+    (project.directory / ".replicate").rename(project.directory / "moved")
+    checkpoint = project.checkpoint(experiment, metrics={"loss": 1.0})
+    assert project.resolve(checkpoint.id).checkpoint.state == "captured"
+    error = error_of(
+        lambda: project.daemon.stub.Remove(
+            pb.RemoveRequest(repository=project.repository, ids=[experiment.id], force=True)
+        )
+    )
+    assert isinstance(error, (errors.NotFound, errors.RepositoryMissing))
+    project.daemon.stub.Remove(pb.RemoveRequest(repository=project.repository, ids=[checkpoint.id]))
+    assert project.flush().pending == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to mount a small file system")
+def test_storing_goes_on_once_a_full_home_has_space_again(make_project, tmp_path, error_of):
+    place = tmp_path / "place"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], check=True)
+    try:
+        project = make_project(place / "home")
+        experiment = project.init()
+        project.flush()
+        before = project.checkpoint(experiment)
+        filler = place / "filler"
+        with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        error = error_of(
+            lambda: [project.checkpoint(experiment, metrics={"x": "y" * 50_000}) for _ in range(50)]
+        )
+        assert isinstance(error, errors.StateUnwritable)
+        filler.unlink()
+        after = project.checkpoint(experiment)
+        assert project.flush().failed == 0
+        stored = {c.id for c in project.checkpoints(experiment.id) if c.state == "stored"}
+        assert {before.id, after.id} <= stored
+        project.daemon.stop()
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_records_that_are_repaired_are_read_again(project):
+    experiment = project.init()
+    checkpoint = project.checkpoint(experiment, metrics={"loss": 0.5})
+    project.flush()
+    file = project.directory / ".replicate" / "checkpoints" / experiment.id / f"{checkpoint.id}.json"
+    good = file.read_bytes()
+    file.chmod(0o600)
+    project.daemon.stop()
+    shutil.rmtree(project.daemon.home / "cache")
+    file.write_bytes(good.replace(b"0.5", b"0.6"))
+    project.daemon.start()
+    assert project.checkpoints(experiment.id)[0].state == "failed"
+    file.write_bytes(good)
+    assert project.checkpoints(experiment.id)[0].metrics == {"loss": 0.5}
+    assert project.list()[0].best.id == checkpoint.id
+
+
+def test_a_damaged_catalog_is_made_anew(project):
+    experiment = project.init()
+    project.flush()
+    project.list()
+    project.daemon.stop()
+    (catalog,) = (project.daemon.home / "cache" / "catalogs").glob("*.db")
+    data = catalog.read_bytes()
+    catalog.write_bytes(data[:4096] + b"\xa5" * (len(data) - 4096))
+    project.daemon.start()
+    assert [s.record.id for s in project.list()] == [experiment.id]
+
+
+def test_a_copy_of_a_repository_has_a_catalog_of_its_own(project, tmp_path):
+    experiment = project.init()
+    project.end(experiment)
+    project.flush()
+    shutil.copytree(project.directory / ".replicate", tmp_path / "copy")
+    copy = dataclasses.replace(project, repository=f"file://{tmp_path}/copy")
+    assert len(copy.list()) == 1
+    copy.daemon.stub.Remove(pb.RemoveRequest(repository=copy.repository, ids=[experiment.id]))
+    assert (len(copy.list()), len(project.list())) == (0, 1)
+
+
+def test_times_beyond_64_bits_of_nanoseconds_come_back(project):
+    file = project.write("late")
+    os.utime(file, (10**10, 10**10))
+    experiment = project.init("late")
+    project.flush()
+    assert project.files(experiment.id)[b"late"].mtime_s == 10**10

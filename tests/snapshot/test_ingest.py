@@ -1,7 +1,9 @@
 """From the spool into a repository: what was captured is what a reader finds."""
 
+import errno
 import os
 import resource
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +111,17 @@ def test_the_memory_of_a_mapped_file_is_given_back(spool, project, repository):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     ingest(repository, SNAPSHOT, directory, measure)
     assert max(mapped) - before < 300 << 20
+
+
+def test_a_lack_of_descriptors_is_not_taken_for_damage(spool, project, repository, monkeypatch):
+    (project / "small").write_bytes(b"x")
+    directory = capture(spool, project)
+
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        ingest(repository, SNAPSHOT, directory)
+    monkeypatch.undo()
+    assert ingest(repository, SNAPSHOT, directory).root.files == 1

@@ -346,22 +346,24 @@ class ListExperimentsRequest(_message.Message):
     def __init__(self, repository: _Optional[str] = ..., filters: _Optional[_Iterable[str]] = ..., sort: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class FileEntry(_message.Message):
-    __slots__ = ("path", "type", "mode", "size", "mtime_ns", "hash", "target")
+    __slots__ = ("path", "type", "mode", "size", "mtime_s", "mtime_nanos", "hash", "target")
     PATH_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
-    MTIME_NS_FIELD_NUMBER: _ClassVar[int]
+    MTIME_S_FIELD_NUMBER: _ClassVar[int]
+    MTIME_NANOS_FIELD_NUMBER: _ClassVar[int]
     HASH_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     path: bytes
     type: str
     mode: int
     size: int
-    mtime_ns: int
+    mtime_s: int
+    mtime_nanos: int
     hash: bytes
     target: bytes
-    def __init__(self, path: _Optional[bytes] = ..., type: _Optional[str] = ..., mode: _Optional[int] = ..., size: _Optional[int] = ..., mtime_ns: _Optional[int] = ..., hash: _Optional[bytes] = ..., target: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, path: _Optional[bytes] = ..., type: _Optional[str] = ..., mode: _Optional[int] = ..., size: _Optional[int] = ..., mtime_s: _Optional[int] = ..., mtime_nanos: _Optional[int] = ..., hash: _Optional[bytes] = ..., target: _Optional[bytes] = ...) -> None: ...
 
 class FileBatch(_message.Message):
     __slots__ = ("entries",)

@@ -157,6 +157,7 @@ def flush(timeout: float | None = None) -> None:
     """
     if is_disabled():
         return
+    query.check_timeout(timeout)
     known = {failure.id for failure in query.status().failures}
     failures = [
         failure

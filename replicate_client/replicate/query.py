@@ -311,6 +311,14 @@ def status() -> DaemonStatus:
     return _decode_status(connection.call("GetStatus", pb.GetStatusRequest(), pb.StatusReply))
 
 
+def check_timeout(timeout_s: object) -> None:
+    """Raise `TypeError` or `ValueError` unless it is a number of seconds or None."""
+    if timeout_s is not None and (isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float))):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout_s!r}")
+    if timeout_s != timeout_s:
+        raise ValueError("timeout must not be NaN")
+
+
 def wait_stored(
     ids: Iterable[str] = (),
     timeout_s: float | None = None,
@@ -323,10 +331,7 @@ def wait_stored(
     `timeout_s`; what failed is in the `failures` of the result and raises nothing here.
     """
     wanted = tuple(ids)
-    if timeout_s is not None and (isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float))):
-        raise TypeError(f"timeout must be a number of seconds or None, not {timeout_s!r}")
-    if timeout_s != timeout_s:
-        raise ValueError("timeout must not be NaN")
+    check_timeout(timeout_s)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
         left_s = _WAIT_SLICE_S if deadline is None else max(0.0, deadline - time.monotonic())

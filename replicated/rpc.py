@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -28,24 +26,33 @@ from replicate._pb import daemon_pb2 as pb
 from replicate._pb import daemon_pb2_grpc as pb_grpc
 from replicate._version import __version__
 from replicate.errors import InternalError, InvalidArgument, ReplicateError
-from replicate.ids import ExperimentId, is_id
+from replicate.ids import is_id
 from replicate.records import FileChange, FileEntry, utc_now
 from replicated.browse import Browser, file_entry
 from replicated.checkout.planning import plan
 from replicated.checkout.writing import execute
-from replicated.experiments import Experiments, Resolution
+from replicated.experiments import Experiments
 from replicated.intake import Accepted, Intake
 from replicated.jobs import Jobs
 from replicated.journal import Job, Journal
-from replicated.mount.registry import MountInfo
+from replicated.messages import (
+    check_experiment_id,
+    check_repository,
+    decode_capture,
+    decode_directory,
+    decode_target,
+    encode_failure,
+    encode_mount,
+    encode_resolution,
+    encode_usage,
+)
 from replicated.mount.table import MountTable
 from replicated.probe import probe_repository
 from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
-from replicated.snapshot.capture import CaptureRequest
 from replicated.snapshot.spool import Spool
 from replicated.tree import diff_trees
-from replicated.usage import Usage, measure
+from replicated.usage import measure
 
 #: Requests being answered at once; more wait. Captures and checkouts hold one for as long as they take.
 MAX_THREADS = 64
@@ -191,16 +198,16 @@ class _Servicer(pb_grpc.DaemonServicer):
     @_unary
     def CreateExperiment(self, request: pb.CreateExperimentRequest) -> pb.CaptureReply:
         record = wire.decode_experiment(request.experiment)
-        capture = _decode_capture(record.id, request.capture)
-        repository = _repository(request.repository)
+        capture = decode_capture(record.id, request.capture)
+        repository = check_repository(request.repository)
         accepted = self._services.intake.create_experiment(repository, record, capture)
         return self._encode_accepted(repository, accepted)
 
     @_unary
     def CreateCheckpoint(self, request: pb.CreateCheckpointRequest) -> pb.CaptureReply:
         record = wire.decode_checkpoint(request.checkpoint)
-        capture = _decode_capture(record.id, request.capture)
-        repository = _repository(request.repository)
+        capture = decode_capture(record.id, request.capture)
+        repository = check_repository(request.repository)
         accepted = self._services.intake.create_checkpoint(repository, record, capture)
         return self._encode_accepted(repository, accepted)
 
@@ -215,11 +222,11 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @_unary
     def EndExperiment(self, request: pb.EndExperimentRequest) -> pb.EndExperimentReply:
-        identifier = _experiment_id(request.experiment_id)
+        identifier = check_experiment_id(request.experiment_id)
         status = wire.decode_end_status(request.status)
         ended = wire.decode_time(request.ended_ns)
         self._services.intake.end_experiment(
-            _repository(request.repository), identifier, status, ended, is_exiting=request.is_exiting
+            check_repository(request.repository), identifier, status, ended, is_exiting=request.is_exiting
         )
         jobs = [job for job in self._services.journal.of_experiment(identifier) if job.has_files]
         pending = [job for job in jobs if job.state == "captured"]
@@ -232,7 +239,7 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @_unary
     def ResumeExperiment(self, request: pb.ResumeExperimentRequest) -> pb.ExperimentSummary:
-        repository, reference = _target(request.target)
+        repository, reference = decode_target(request.target)
         resolution = self._services.experiments.resolve(repository, reference)
         self._services.intake.resume_experiment(
             repository,
@@ -247,21 +254,23 @@ class _Servicer(pb_grpc.DaemonServicer):
     @_stream
     def ListExperiments(self, request: pb.ListExperimentsRequest) -> Iterator[pb.ExperimentSummary]:
         summaries = self._services.experiments.list_experiments(
-            _repository(request.repository), request.filters, request.sort, request.limit
+            check_repository(request.repository), request.filters, request.sort, request.limit
         )
         yield from map(wire.encode_summary, summaries)
 
     @_unary
     def Resolve(self, request: pb.Target) -> pb.Resolution:
-        return _encode_resolution(self._services.experiments.resolve(*_target(request)))
+        return encode_resolution(self._services.experiments.resolve(*decode_target(request)))
 
     @_stream
     def ListCheckpoints(self, request: pb.Target) -> Iterator[pb.Checkpoint]:
-        yield from map(wire.encode_checkpoint, self._services.experiments.checkpoints(*_target(request)))
+        yield from map(
+            wire.encode_checkpoint, self._services.experiments.checkpoints(*decode_target(request))
+        )
 
     @_stream
     def ListFiles(self, request: pb.ListFilesRequest) -> Iterator[pb.FileBatch]:
-        tree = self._services.browser.open(*_target(request.target)).tree
+        tree = self._services.browser.open(*decode_target(request.target)).tree
         node = tree.find(request.path)
         found: Iterable[FileEntry]
         if node.type == "directory":
@@ -273,7 +282,7 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @_stream
     def ReadFile(self, request: pb.ReadFileRequest) -> Iterator[pb.FileData]:
-        tree = self._services.browser.open(*_target(request.target)).tree
+        tree = self._services.browser.open(*decode_target(request.target)).tree
         node = tree.find(request.path)
         if node.type != "file":
             raise InvalidArgument(f"not a file but a {node.type}: {os.fsdecode(request.path)}")
@@ -288,8 +297,8 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @_stream
     def DiffFiles(self, request: pb.DiffFilesRequest) -> Iterator[pb.FileChangeBatch]:
-        left = self._services.browser.open(*_target(request.left)).tree
-        right = self._services.browser.open(*_target(request.right)).tree
+        left = self._services.browser.open(*decode_target(request.left)).tree
+        right = self._services.browser.open(*decode_target(request.right)).tree
         changes = (
             FileChange(
                 os.fsdecode(path),
@@ -311,11 +320,11 @@ class _Servicer(pb_grpc.DaemonServicer):
     def _checkout(
         self, request: pb.CheckoutRequest, is_wanted: Callable[[], bool]
     ) -> Iterator[pb.CheckoutEvent]:
-        opened = self._services.browser.open(*_target(request.target))
-        output = _directory(request.output_directory)
+        opened = self._services.browser.open(*decode_target(request.target))
+        output = decode_directory(request.output_directory)
         steps = plan(opened.tree, os.fsencode(output), path=request.path, delete=request.delete)
         yield pb.CheckoutEvent(
-            resolution=_encode_resolution(opened.resolution),
+            resolution=encode_resolution(opened.resolution),
             files_total=steps.file_count,
             bytes_total=steps.size_bytes,
         )
@@ -331,14 +340,14 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @_unary
     def Mount(self, request: pb.MountRequest) -> pb.MountInfo:
-        repository, reference = _target(request.target)
-        directory = _directory(request.directory)
+        repository, reference = decode_target(request.target)
+        directory = decode_directory(request.directory)
         if not reference:
             self._services.repositories.get(repository)  # tells what is wrong with it better than a mount
-            return _encode_mount(self._services.mounts.mount(repository, "", "", (), directory))
+            return encode_mount(self._services.mounts.mount(repository, "", "", (), directory))
         opened = self._services.browser.open(repository, reference)
         checkpoint = opened.resolution.checkpoint
-        return _encode_mount(
+        return encode_mount(
             self._services.mounts.mount(
                 repository,
                 opened.resolution.summary.record.id,
@@ -350,7 +359,7 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @_unary
     def ListMounts(self, request: pb.ListMountsRequest) -> pb.MountList:
-        return pb.MountList(mounts=map(_encode_mount, self._services.mounts.list()))
+        return pb.MountList(mounts=map(encode_mount, self._services.mounts.list()))
 
     @_unary
     def Unmount(self, request: pb.UnmountRequest) -> pb.MountList:
@@ -358,11 +367,11 @@ class _Servicer(pb_grpc.DaemonServicer):
         if which is None:
             raise InvalidArgument("say which mount: a directory, an id or all")
         ended = self._services.mounts.unmount(
-            directory=_directory(request.directory) if which == "directory" else None,
+            directory=decode_directory(request.directory) if which == "directory" else None,
             identifier=request.id,
             everything=request.all,
         )
-        return pb.MountList(mounts=map(_encode_mount, ended))
+        return pb.MountList(mounts=map(encode_mount, ended))
 
     # The queue
 
@@ -401,7 +410,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             active_bytes_total=progress.bytes_total,
             bytes_per_second=progress.bytes_per_second,
             spool_bytes=services.home_spool.size_bytes(),
-            failures=map(_encode_failure, failed),
+            failures=map(encode_failure, failed),
             waiting_because=wire.encode_text(progress.waiting_because),
             mounts=len(services.mounts.list()),
         )
@@ -418,7 +427,7 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @_unary
     def Remove(self, request: pb.RemoveRequest) -> pb.RemoveReply:
-        repository = _repository(request.repository)
+        repository = check_repository(request.repository)
         removal = self._services.removal
         plan = removal.plan(repository, request.ids, force=request.force or request.dry_run)
         if not request.dry_run:
@@ -440,13 +449,13 @@ class _Servicer(pb_grpc.DaemonServicer):
     def GetDiskUsage(self, request: pb.DiskUsageRequest) -> pb.DiskUsageReply:
         services = self._services
         single, total = measure(
-            services.experiments, services.repositories, _repository(request.repository), request.ids
+            services.experiments, services.repositories, check_repository(request.repository), request.ids
         )
-        return pb.DiskUsageReply(experiments=map(_encode_usage, single), total=_encode_usage(total))
+        return pb.DiskUsageReply(experiments=map(encode_usage, single), total=encode_usage(total))
 
     @_unary
     def ProbeRepository(self, request: pb.ProbeRequest) -> pb.ProbeReply:
-        steps = probe_repository(self._services.repositories, _repository(request.repository))
+        steps = probe_repository(self._services.repositories, check_repository(request.repository))
         return pb.ProbeReply(
             steps=[
                 pb.ProbeStep(
@@ -497,90 +506,3 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, _BATCH)):
         yield batch
-
-
-def _repository(url: str) -> str:
-    if not url.startswith(("file:///", "s3://", "gs://")):
-        raise InvalidArgument(f"not an absolute repository URL: {url!r}")
-    return url
-
-
-def _target(message: pb.Target) -> tuple[str, str]:
-    return _repository(message.repository), message.id
-
-
-def _experiment_id(text: str) -> ExperimentId:
-    if not is_id(text):
-        raise InvalidArgument(f"not a complete experiment id: {text!r}")
-    return ExperimentId(text)
-
-
-def _directory(path: bytes) -> Path:
-    if not path.startswith(b"/") or b"\0" in path:
-        raise InvalidArgument(f"not an absolute path: {os.fsdecode(path)!r}")
-    return Path(os.fsdecode(path))
-
-
-def _decode_capture(identifier: str, message: pb.Capture) -> CaptureRequest | None:
-    if not message.paths:
-        return None
-    _directory(message.project_directory)
-    for path in message.paths:
-        if path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/"):
-            raise InvalidArgument(f"not a path below the project directory: {os.fsdecode(path)!r}")
-    if message.mode not in ("", "auto", "copy"):
-        raise InvalidArgument(f"unknown capture mode: {message.mode!r}")
-    return CaptureRequest(
-        identifier=identifier,
-        project_directory=message.project_directory,
-        paths=tuple(message.paths),
-        ignore=tuple(os.fsdecode(pattern) for pattern in message.ignore),
-        durable=message.mode == "copy",
-    )
-
-
-def _encode_resolution(resolution: Resolution) -> pb.Resolution:
-    message = pb.Resolution(
-        summary=wire.encode_summary(resolution.summary),
-        named_experiment=resolution.named_experiment,
-        chosen=resolution.chosen,
-    )
-    if resolution.checkpoint is not None:
-        message.checkpoint.CopyFrom(wire.encode_checkpoint(resolution.checkpoint))
-    return message
-
-
-def _encode_mount(info: MountInfo) -> pb.MountInfo:
-    return pb.MountInfo(
-        id=info.id,
-        directory=os.fsencode(info.directory),
-        pid=info.pid,
-        experiment_id=info.experiment_id,
-        repository=info.repository,
-    )
-
-
-def _encode_failure(job: Job) -> pb.Failure:
-    paths: tuple[str, ...] = ()
-    created: datetime = wire.decode_time(job.created_ns)
-    if job.kind == "experiment":
-        paths = job.experiment().paths
-    elif job.kind == "checkpoint":
-        paths = job.checkpoint().paths
-    return pb.Failure(
-        id=job.id,
-        experiment_id=job.experiment_id,
-        paths=map(wire.encode_path, paths),
-        error=wire.encode_text(job.error),
-        at_ns=wire.encode_time(created),
-    )
-
-
-def _encode_usage(usage: Usage) -> pb.DiskUsage:
-    return pb.DiskUsage(
-        id=usage.id,
-        logical_bytes=usage.logical_bytes,
-        unique_bytes=usage.unique_bytes,
-        stored_bytes=usage.stored_bytes,
-        snapshots=usage.snapshots,
-    )

@@ -77,8 +77,8 @@ def test_a_notebook_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/lib/ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     assert environment.command_line() == "jupyter"
-    monkeypatch.setenv("JPY_SESSION_NAME", "/work/My Notebook.ipynb")
-    assert environment.command_line() == "jupyter '/work/My Notebook.ipynb'"
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/ada/My Notebook.ipynb")
+    assert environment.command_line() == "jupyter '/home/ada/My Notebook.ipynb'"
 
 
 def test_nothing_that_goes_wrong_raises(tmp_path, monkeypatch):

@@ -1,0 +1,114 @@
+"""Requests and answers of the daemon that are more than records: checked when they come, encoded when they go.
+
+`wire` converts what both ends share; this is the rest, known to the daemon alone. Pure, and without grpc.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from replicate import wire
+from replicate._pb import daemon_pb2 as pb
+from replicate.errors import InvalidArgument
+from replicate.ids import ExperimentId, is_id
+from replicated.experiments import Resolution
+from replicated.journal import Job
+from replicated.mount.registry import MountInfo
+from replicated.snapshot.capture import CaptureRequest
+from replicated.usage import Usage
+
+
+def check_repository(url: str) -> str:
+    """The URL of a repository in its absolute form; raises `InvalidArgument` for another."""
+    if not url.startswith(("file:///", "s3://", "gs://")):
+        raise InvalidArgument(f"not an absolute repository URL: {url!r}")
+    return url
+
+
+def decode_target(message: pb.Target) -> tuple[str, str]:
+    """Repository and reference of a request."""
+    return check_repository(message.repository), message.id
+
+
+def check_experiment_id(text: str) -> ExperimentId:
+    """A complete id of an experiment; raises `InvalidArgument`."""
+    if not is_id(text):
+        raise InvalidArgument(f"not a complete experiment id: {text!r}")
+    return ExperimentId(text)
+
+
+def decode_directory(path: bytes) -> Path:
+    """An absolute directory; raises `InvalidArgument`."""
+    if not path.startswith(b"/") or b"\0" in path:
+        raise InvalidArgument(f"not an absolute path: {os.fsdecode(path)!r}")
+    return Path(os.fsdecode(path))
+
+
+def decode_capture(identifier: str, message: pb.Capture) -> CaptureRequest | None:
+    """What to freeze for a snapshot; None for nothing. Raises `InvalidArgument` for paths outside."""
+    if not message.paths:
+        return None
+    decode_directory(message.project_directory)
+    for path in message.paths:
+        if path.startswith(b"/") or b"\0" in path or b".." in path.split(b"/"):
+            raise InvalidArgument(f"not a path below the project directory: {os.fsdecode(path)!r}")
+    if message.mode not in ("", "auto", "copy"):
+        raise InvalidArgument(f"unknown capture mode: {message.mode!r}")
+    return CaptureRequest(
+        identifier=identifier,
+        project_directory=message.project_directory,
+        paths=tuple(message.paths),
+        ignore=tuple(os.fsdecode(pattern) for pattern in message.ignore),
+        durable=message.mode == "copy",
+    )
+
+
+def encode_resolution(resolution: Resolution) -> pb.Resolution:
+    """What a reference means, as a message."""
+    message = pb.Resolution(
+        summary=wire.encode_summary(resolution.summary),
+        named_experiment=resolution.named_experiment,
+        chosen=resolution.chosen,
+    )
+    if resolution.checkpoint is not None:
+        message.checkpoint.CopyFrom(wire.encode_checkpoint(resolution.checkpoint))
+    return message
+
+
+def encode_mount(info: MountInfo) -> pb.MountInfo:
+    """A mount as a message."""
+    return pb.MountInfo(
+        id=info.id,
+        directory=os.fsencode(info.directory),
+        pid=info.pid,
+        experiment_id=info.experiment_id,
+        repository=info.repository,
+    )
+
+
+def encode_failure(job: Job) -> pb.Failure:
+    """A job that failed as a message."""
+    paths: tuple[str, ...] = ()
+    if job.kind == "experiment":
+        paths = job.experiment().paths
+    elif job.kind == "checkpoint":
+        paths = job.checkpoint().paths
+    return pb.Failure(
+        id=job.id,
+        experiment_id=job.experiment_id,
+        paths=map(wire.encode_path, paths),
+        error=wire.encode_text(job.error),
+        at_ns=job.created_ns,
+    )
+
+
+def encode_usage(usage: Usage) -> pb.DiskUsage:
+    """Sizes as a message."""
+    return pb.DiskUsage(
+        id=usage.id,
+        logical_bytes=usage.logical_bytes,
+        unique_bytes=usage.unique_bytes,
+        stored_bytes=usage.stored_bytes,
+        snapshots=usage.snapshots,
+    )

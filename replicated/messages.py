@@ -1,4 +1,4 @@
-"""Requests and answers of the daemon that are more than records: checked when they come, encoded when they go.
+"""Requests and answers that are more than records: checked when they come, encoded when they go.
 
 `wire` converts what both ends share; this is the rest, known to the daemon alone. Pure, and without grpc.
 """

@@ -2,8 +2,8 @@
 
 One thread waits on a pidfd for each run and calls `on_gone` when its process has ended; between, it calls
 `on_beat` for every live run at a steady interval, which writes the heartbeat that other machines see.
-Which runs exist is the journal's knowledge; this module only holds descriptors, which its thread alone
-touches: other threads post what they want.
+Which runs exist is the journal's knowledge; this module only holds descriptors, which belong to its thread:
+other threads post what they want.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from replicated.processes import exit_status, open_pidfd
 #: Heartbeats are for readers on other machines; on this one the pidfd tells at once.
 HEARTBEAT_INTERVAL_S = 10.0
 #: The kernel tells an exit status when the parent has taken note of the end, usually at once.
-REAP_PATIENCE_S = 1.0
+REAP_PATIENCE_S = 5.0
 _REAP_POLL_S = 0.01
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Watch:
     run: Run
+    #: Negative when the process had ended before it could be watched.
     descriptor: int
     #: Has said that it ends: no more heartbeats, only its exit status is of interest.
     is_exiting: bool
@@ -50,8 +51,8 @@ class RunWatcher:
     def __init__(self, on_gone: Callable[[Run, int | None], None], on_beat: Callable[[Run], None]) -> None:
         self._on_gone = on_gone
         self._on_beat = on_beat
-        #: (run, whether it is exiting) to watch, an id to forget, None to stop.
-        self._posts: queue.SimpleQueue[tuple[Run, bool] | str | None] = queue.SimpleQueue()
+        #: A watch to begin, an id to forget, None to stop.
+        self._posts: queue.SimpleQueue[_Watch | str | None] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._loop, name="liveness", daemon=True)
         # The thread's own.
@@ -71,13 +72,15 @@ class RunWatcher:
 
     def watch(self, run: Run, *, is_exiting: bool = False) -> None:
         """Watch a run; one that is watched already is watched in this way instead."""
-        self._post((run, is_exiting))
+        # Opened here: by the time the thread gets to it, the process may have ended, and its status be lost.
+        descriptor = open_pidfd(run.process)
+        self._post(_Watch(run, -1 if descriptor is None else descriptor, is_exiting))
 
     def forget(self, experiment_id: str) -> None:
         """Stop watching a run that has ended."""
         self._post(experiment_id)
 
-    def _post(self, post: tuple[Run, bool] | str | None) -> None:
+    def _post(self, post: _Watch | str | None) -> None:
         self._posts.put(post)
         with contextlib.suppress(BlockingIOError):  # full of wake-ups already
             os.write(self._wake_writer, b"\0")
@@ -114,15 +117,14 @@ class RunWatcher:
             if isinstance(post, str):
                 self._drop(post)
                 continue
-            run, is_exiting = post
-            self._drop(run.experiment_id)
-            descriptor = open_pidfd(run.process)
-            if descriptor is None:
-                self._tell_gone(run, None)
+            experiment_id = post.run.experiment_id
+            self._drop(experiment_id)
+            if post.descriptor < 0:
+                self._tell_gone(post.run, None)
                 continue
-            watch = self._watches[run.experiment_id] = _Watch(run, descriptor, is_exiting)
-            self._selector.register(descriptor, selectors.EVENT_READ, run.experiment_id)
-            self._beat(watch)
+            self._watches[experiment_id] = post
+            self._selector.register(post.descriptor, selectors.EVENT_READ, experiment_id)
+            self._beat(post)
         return True
 
     def _settle_ended(self) -> None:

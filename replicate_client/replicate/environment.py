@@ -105,15 +105,23 @@ class _Background(Generic[_Result]):
 
     def __init__(self, function: Callable[[], _Result], default: _Result) -> None:
         self._result = default
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run, args=(function,), daemon=True
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:
+            # Python 3.12 begins no thread while it exits: then here and now.
+            self._thread = None
+            self._run(function)
 
     def _run(self, function: Callable[[], _Result]) -> None:
         self._result = _attempt(function, self._result)
 
     def result(self) -> _Result:
         """Its result, or the default when it failed."""
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         return self._result
 
 

@@ -6,6 +6,7 @@ pager, external diff or file system monitor is run. Used by `environment`; never
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -93,7 +94,8 @@ def _run(directory: Path, *arguments: str, limit: int = 64 << 20) -> str | None:
 
     timer = threading.Timer(_TIMEOUT_S, give_up)
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError):  # Python 3.12 begins no thread while it exits
+        timer.start()
     assert process.stdout is not None
     with process:
         try:

@@ -11,7 +11,6 @@ import functools
 import itertools
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from replicate.ids import is_id
 from replicate.records import FileChange, FileEntry, utc_now
 from replicated.browse import Browser, file_entry
 from replicated.checkout.planning import plan
+from replicated.checkout.progress import progress_of
 from replicated.checkout.writing import execute
 from replicated.experiments import Experiments
 from replicated.intake import Accepted, Intake
@@ -335,7 +335,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             return
         if not request.force:
             steps.refuse_conflicts()
-        for files, size_bytes in _progress_of(lambda report: execute(steps, opened.tree, report), is_wanted):
+        for files, size_bytes in progress_of(lambda report: execute(steps, opened.tree, report), is_wanted):
             yield pb.CheckoutEvent(files_done=files, bytes_done=size_bytes)
 
     @_unary
@@ -464,42 +464,6 @@ class _Servicer(pb_grpc.DaemonServicer):
                 for s in steps
             ]
         )
-
-
-class _Unwanted(Exception):
-    """The client has gone in the middle of a stream."""
-
-
-def _progress_of(
-    work: Callable[[Callable[[int, int], None]], None], is_wanted: Callable[[], bool]
-) -> Iterator[tuple[int, int]]:
-    """What `work` reports while it runs in a thread of its own; its exception, if it raises.
-
-    When the client has gone, the next report raises in the thread, so that the work ends early.
-    """
-    events: queue.SimpleQueue[tuple[int, int] | BaseException | None] = queue.SimpleQueue()
-
-    def report(files: int, size_bytes: int) -> None:
-        if not is_wanted():
-            raise _Unwanted
-        events.put((files, size_bytes))
-
-    def run() -> None:
-        try:
-            work(report)
-        except BaseException as error:
-            events.put(error)
-        else:
-            events.put(None)
-
-    threading.Thread(target=run, name="checkout", daemon=True).start()
-    while True:
-        event = events.get()
-        if event is None:
-            return
-        if isinstance(event, BaseException):
-            raise event
-        yield event
 
 
 def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:

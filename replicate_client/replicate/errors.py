@@ -99,6 +99,13 @@ class ChangedWhileReading(CaptureFailed):
     code = "changed_while_reading"
 
 
+class QueueFull(ReplicateError):
+    """So much waits to be stored that the call has to wait: repeat it with the same id."""
+
+    code = "queue_full"
+    retryable = True
+
+
 class NotStored(ReplicateError):
     """The snapshot is not in the repository: still being stored, or failed."""
 

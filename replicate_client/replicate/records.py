@@ -146,6 +146,8 @@ class ExperimentSummary:
     latest: CheckpointRecord | None = None
     best: CheckpointRecord | None = None
     duration_s: float | None = None
+    #: How long calls of this library held up the training, in all; None when nobody told.
+    stall_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

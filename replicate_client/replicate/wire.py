@@ -254,6 +254,7 @@ def encode_summary(summary: ExperimentSummary) -> pb.ExperimentSummary:
         ended_ns=encode_time(summary.ended) if summary.ended else 0,
         checkpoint_count=summary.checkpoint_count,
         duration_s=-1.0 if summary.duration_s is None else summary.duration_s,
+        stall_s=-1.0 if summary.stall_s is None else summary.stall_s,
     )
     if summary.latest is not None:
         message.latest.CopyFrom(encode_checkpoint(summary.latest))
@@ -274,6 +275,7 @@ def decode_summary(message: pb.ExperimentSummary) -> ExperimentSummary:
         latest=decode_checkpoint(message.latest) if message.HasField("latest") else None,
         best=decode_checkpoint(message.best) if message.HasField("best") else None,
         duration_s=None if message.duration_s < 0 else message.duration_s,
+        stall_s=None if message.stall_s < 0 else message.stall_s,
     )
 
 

@@ -210,7 +210,7 @@ class Checkpoint(_message.Message):
     def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., created_ns: _Optional[int] = ..., step: _Optional[int] = ..., paths: _Optional[_Iterable[bytes]] = ..., metrics: _Optional[_Union[ValueMap, _Mapping]] = ..., primary_metric: _Optional[_Union[PrimaryMetric, _Mapping]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class ExperimentSummary(_message.Message):
-    __slots__ = ("experiment", "status", "state", "error", "ended_ns", "checkpoint_count", "latest", "best", "duration_s")
+    __slots__ = ("experiment", "status", "state", "error", "ended_ns", "checkpoint_count", "latest", "best", "duration_s", "stall_s")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +220,7 @@ class ExperimentSummary(_message.Message):
     LATEST_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
     DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
     experiment: Experiment
     status: str
     state: str
@@ -229,19 +230,30 @@ class ExperimentSummary(_message.Message):
     latest: Checkpoint
     best: Checkpoint
     duration_s: float
-    def __init__(self, experiment: _Optional[_Union[Experiment, _Mapping]] = ..., status: _Optional[str] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., ended_ns: _Optional[int] = ..., checkpoint_count: _Optional[int] = ..., latest: _Optional[_Union[Checkpoint, _Mapping]] = ..., best: _Optional[_Union[Checkpoint, _Mapping]] = ..., duration_s: _Optional[float] = ...) -> None: ...
+    stall_s: float
+    def __init__(self, experiment: _Optional[_Union[Experiment, _Mapping]] = ..., status: _Optional[str] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., ended_ns: _Optional[int] = ..., checkpoint_count: _Optional[int] = ..., latest: _Optional[_Union[Checkpoint, _Mapping]] = ..., best: _Optional[_Union[Checkpoint, _Mapping]] = ..., duration_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class Capture(_message.Message):
-    __slots__ = ("project_directory", "paths", "ignore", "mode")
+    __slots__ = ("project_directory", "paths", "ignore", "mode", "mapped", "rung", "queue_limit_bytes", "spool_limit_bytes", "upload_limit_bytes_s")
     PROJECT_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    MAPPED_FIELD_NUMBER: _ClassVar[int]
+    RUNG_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPOOL_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_LIMIT_BYTES_S_FIELD_NUMBER: _ClassVar[int]
     project_directory: bytes
     paths: _containers.RepeatedScalarFieldContainer[bytes]
     ignore: _containers.RepeatedScalarFieldContainer[bytes]
     mode: str
-    def __init__(self, project_directory: _Optional[bytes] = ..., paths: _Optional[_Iterable[bytes]] = ..., ignore: _Optional[_Iterable[bytes]] = ..., mode: _Optional[str] = ...) -> None: ...
+    mapped: _containers.RepeatedScalarFieldContainer[bytes]
+    rung: str
+    queue_limit_bytes: int
+    spool_limit_bytes: int
+    upload_limit_bytes_s: int
+    def __init__(self, project_directory: _Optional[bytes] = ..., paths: _Optional[_Iterable[bytes]] = ..., ignore: _Optional[_Iterable[bytes]] = ..., mode: _Optional[str] = ..., mapped: _Optional[_Iterable[bytes]] = ..., rung: _Optional[str] = ..., queue_limit_bytes: _Optional[int] = ..., spool_limit_bytes: _Optional[int] = ..., upload_limit_bytes_s: _Optional[int] = ...) -> None: ...
 
 class CreateExperimentRequest(_message.Message):
     __slots__ = ("repository", "experiment", "capture")
@@ -254,14 +266,18 @@ class CreateExperimentRequest(_message.Message):
     def __init__(self, repository: _Optional[str] = ..., experiment: _Optional[_Union[Experiment, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ...) -> None: ...
 
 class CreateCheckpointRequest(_message.Message):
-    __slots__ = ("repository", "checkpoint", "capture")
+    __slots__ = ("repository", "checkpoint", "capture", "stall_ns", "missed_because")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    STALL_NS_FIELD_NUMBER: _ClassVar[int]
+    MISSED_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     repository: str
     checkpoint: Checkpoint
     capture: Capture
-    def __init__(self, repository: _Optional[str] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ...) -> None: ...
+    stall_ns: int
+    missed_because: str
+    def __init__(self, repository: _Optional[str] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., stall_ns: _Optional[int] = ..., missed_because: _Optional[str] = ...) -> None: ...
 
 class CaptureReply(_message.Message):
     __slots__ = ("file_count", "size_bytes", "warnings", "state", "waiting_because")
@@ -278,18 +294,20 @@ class CaptureReply(_message.Message):
     def __init__(self, file_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., waiting_because: _Optional[str] = ...) -> None: ...
 
 class EndExperimentRequest(_message.Message):
-    __slots__ = ("repository", "experiment_id", "status", "ended_ns", "is_exiting")
+    __slots__ = ("repository", "experiment_id", "status", "ended_ns", "is_exiting", "stall_ns")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     ENDED_NS_FIELD_NUMBER: _ClassVar[int]
     IS_EXITING_FIELD_NUMBER: _ClassVar[int]
+    STALL_NS_FIELD_NUMBER: _ClassVar[int]
     repository: str
     experiment_id: str
     status: str
     ended_ns: int
     is_exiting: bool
-    def __init__(self, repository: _Optional[str] = ..., experiment_id: _Optional[str] = ..., status: _Optional[str] = ..., ended_ns: _Optional[int] = ..., is_exiting: bool = ...) -> None: ...
+    stall_ns: int
+    def __init__(self, repository: _Optional[str] = ..., experiment_id: _Optional[str] = ..., status: _Optional[str] = ..., ended_ns: _Optional[int] = ..., is_exiting: bool = ..., stall_ns: _Optional[int] = ...) -> None: ...
 
 class EndExperimentReply(_message.Message):
     __slots__ = ("pending", "bytes_pending", "failed", "waiting_because")
@@ -522,7 +540,7 @@ class Failure(_message.Message):
     def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., paths: _Optional[_Iterable[bytes]] = ..., error: _Optional[str] = ..., at_ns: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts")
+    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts", "leased_files", "leased_bytes")
     DAEMON_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -536,6 +554,8 @@ class StatusReply(_message.Message):
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     WAITING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     MOUNTS_FIELD_NUMBER: _ClassVar[int]
+    LEASED_FILES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
     daemon: HelloReply
     pending: int
     active: int
@@ -549,7 +569,9 @@ class StatusReply(_message.Message):
     failures: _containers.RepeatedCompositeFieldContainer[Failure]
     waiting_because: str
     mounts: int
-    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ...) -> None: ...
+    leased_files: int
+    leased_bytes: int
+    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ..., leased_files: _Optional[int] = ..., leased_bytes: _Optional[int] = ...) -> None: ...
 
 class WaitStoredRequest(_message.Message):
     __slots__ = ("ids", "timeout_s")

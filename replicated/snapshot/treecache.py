@@ -1,0 +1,399 @@
+"""What the repository holds of the directories that were captured before: a cache, one SQLite file each.
+
+`capture` finds here which files need not be read, `ingest` which nodes need not be made again and, once
+they are stored, writes what it made. Two processes have it open at once: one reads while the other
+writes. Nothing depends on it: whatever is wrong with the file is a miss and a line in the log, never an
+error. Invariant: a row that is loaded is, byte for byte, a row that was stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgpack
+from blake3 import blake3
+
+from replicated.format.manifest import RootNode
+from replicated.snapshot.entries import Row, pack_root, pack_rows, unpack_root
+from replicated.sqlite import DatabaseUnusable, open_database
+
+#: "RPLT".
+APPLICATION_ID: Final = 0x52504C54
+SCHEMA_VERSION: Final = 1
+
+#: Rows that nobody has asked for in so many days are pruned.
+KEPT_DAYS: Final = 90
+#: A file that changed less than this before it was listed may change again without a change of its
+#: times: kernels stamp files with the clock of their last tick, 10 ms at most, and file servers are
+#: coarser still.
+RACY_NS: Final = 20_000_000
+
+_SCHEMA = """
+-- One directory each; all by its absolute path, because trees that overlap share directories.
+CREATE TABLE directories (
+    path BLOB NOT NULL UNIQUE,
+    -- The day since 1970 when somebody wanted it, not exactly: see _STAMP_DAYS.
+    used INTEGER NOT NULL,
+    -- CRC-32 of path and all columns that follow.
+    checksum INTEGER NOT NULL,
+    -- MessagePack: device, inode, node, totals, generation; of any size, unlike SQLite's integers.
+    facts BLOB NOT NULL,
+    -- These three as in CachedDirectory.
+    rows BLOB NOT NULL,
+    sources BLOB NOT NULL,
+    children BLOB NOT NULL
+);
+-- One selection of a project each: by the key that its capture makes of directory, paths and rules.
+CREATE TABLE trees (
+    key BLOB PRIMARY KEY,
+    used INTEGER NOT NULL,
+    checksum INTEGER NOT NULL,
+    -- MessagePack: snapshot, generation, root.
+    facts BLOB NOT NULL
+) WITHOUT ROWID;
+"""
+
+#: A row's `used` is left as it is for so long: reading would otherwise rewrite the whole cache daily.
+_STAMP_DAYS = 7
+#: A transaction holds about so many bytes, and a deletion so many rows: others wait for one at most.
+_BATCH_BYTES = 4 << 20
+_BATCH_ROWS = 1000
+#: A capture waits for its answer; a directory that is listed anew costs less than this.
+_BUSY_TIMEOUT_MS = 1000
+#: So that a capture of many directories does not try to open it for each of them.
+_RETRY_S = 5.0
+_DAY_NS = 86_400 * 10**9
+_MAX_STALE = 1 << 16
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class CachedDirectory(NamedTuple):
+    """One directory as it was when it was stored."""
+
+    device: int
+    inode: int
+    #: As `entries.pack_rows`, racy ones smudged: they never equal those of a later listing.
+    rows: bytes
+    #: As `entries.pack_sources`: only KNOWN and LINK.
+    sources: bytes
+    #: Packed [(name, mode, mtime_ns, node), ...] of its directories.
+    children: bytes
+    #: Id of its stored node; empty when that is not known.
+    node: bytes
+    #: Files, directories, symbolic links and bytes below it.
+    totals: tuple[int, int, int, int]
+    #: `Index.generation` at that time.
+    generation: int
+
+
+class CachedTree(NamedTuple):
+    """A whole tree as it was when it was stored."""
+
+    #: The snapshot that stored it.
+    snapshot: str
+    root: RootNode
+    #: `Index.generation` at that time.
+    generation: int
+
+
+class TreeCache:
+    """The cache of one repository; see the module's text. One connection behind one lock.
+
+    Any method may be called from any thread, also after `close`: then nothing is found or kept.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        repository_id: str,
+        url: str,
+        *,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._directory = directory
+        # A copy of a repository has its id but not its chunks, hence the URL.
+        self._prefix = f"{repository_id[:16]}-{blake3(url.encode()).hexdigest()[:16]}-"
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        #: Name, device and inode of the open file: somebody may delete it, or make another one.
+        self._identity: tuple[Path, int, int] | None = None
+        self._is_closed = False
+        #: On the monotonic clock: when a file that could not be opened is tried again.
+        self._retry_at = 0.0
+        #: Paths that were loaded and whose day is to be written.
+        self._stale: set[bytes] = set()
+
+    def load(self, path: bytes) -> CachedDirectory | None:
+        """What is known of the directory at this absolute path."""
+        with self._lock:
+            if self._connection is None:
+                self._reopen()
+            return self._attempt("read", lambda connection: self._load(connection, path))
+
+    def load_tree(self, key: bytes) -> CachedTree | None:
+        """The tree that was stored last under this key."""
+        with self._lock:
+            self._reopen()
+            return self._attempt("read", lambda connection: _load_tree(connection, key))
+
+    def store(
+        self,
+        directories: Iterable[tuple[bytes, CachedDirectory]],
+        tree: tuple[bytes, CachedTree] | None = None,
+    ) -> None:
+        """Keep these directories by their absolute paths and, once they are all kept, this tree by its key.
+
+        In several transactions if they are many. After trouble none, some or all are kept, but the tree
+        only if all are.
+        """
+        today = self._today()
+        with self._lock:
+            self._reopen()
+        for batch in _batches(directories):
+            if not self._write(partial(_insert, batch=batch, today=today)):
+                return
+        self._write(lambda connection: self._insert_last(connection, tree, today))
+
+    def prune(self, now_ns: int) -> None:
+        """Forget what nobody has asked for in `KEPT_DAYS` days."""
+        oldest = now_ns // _DAY_NS - KEPT_DAYS
+        with self._lock:
+            self._reopen()
+        while self._write(lambda connection: _delete(connection, oldest)):
+            pass
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        with self._lock:
+            self._is_closed = True
+            self._disconnect()
+
+    def _load(self, connection: sqlite3.Connection, path: bytes) -> CachedDirectory | None:
+        found = connection.execute(
+            "SELECT used, checksum, facts, rows, sources, children FROM directories WHERE path = ?", (path,)
+        ).fetchone()
+        if found is None:
+            return None
+        used, checksum, facts, rows, sources, children = found
+        if checksum != _checksum(path, facts, rows, sources, children):
+            raise sqlite3.DatabaseError(f"the row of a directory is damaged: {os.fsdecode(path)}")
+        if not 0 <= self._today() - used < _STAMP_DAYS and len(self._stale) < _MAX_STALE:
+            self._stale.add(path)
+        device, inode, node, totals, generation = _unpack(facts)
+        return CachedDirectory(device, inode, rows, sources, children, node, totals, generation)
+
+    def _insert_last(
+        self, connection: sqlite3.Connection, tree: tuple[bytes, CachedTree] | None, today: int
+    ) -> bool:
+        if self._stale:
+            connection.executemany(
+                "UPDATE directories SET used = ? WHERE path = ?", ((today, path) for path in self._stale)
+            )
+            self._stale.clear()
+        if tree is not None:
+            key, (snapshot, root, generation) = tree
+            facts = _pack((snapshot, generation, pack_root(root)))
+            connection.execute(
+                "INSERT OR REPLACE INTO trees VALUES (?, ?, ?, ?)", (key, today, _checksum(key, facts), facts)
+            )
+        return True
+
+    def _write(self, action: Callable[[sqlite3.Connection], bool]) -> bool:
+        """Do `action` in a transaction; False when it said so or failed."""
+
+        def transact(connection: sqlite3.Connection) -> bool:
+            with connection:
+                return action(connection)
+
+        with self._lock:
+            return bool(self._attempt("write", transact))
+
+    def _today(self) -> int:
+        return self._clock() // _DAY_NS
+
+    # What follows is called with the lock held.
+
+    def _attempt(self, verb: str, action: Callable[[sqlite3.Connection], T]) -> T | None:
+        """Do `action`; None when it fails. A damaged file is replaced by an empty one."""
+        if self._connection is None:
+            return None
+        try:
+            return action(self._connection)
+        except (sqlite3.Error, OverflowError) as error:
+            # Subclasses say that something else is wrong (locked, disk full): the file is good.
+            if type(error) is not sqlite3.DatabaseError:
+                _log.warning("cannot %s the tree cache in %s: %s", verb, self._directory, error)
+                return None
+            _log.warning("the tree cache in %s is damaged and made anew: %s", self._directory, error)
+            self._connect(is_damaged=True)
+            return None
+
+    def _reopen(self) -> None:
+        """Open the file unless it is open and still the one that others would open."""
+        if self._is_closed or time.monotonic() < self._retry_at:
+            return
+        if self._identity is not None:
+            path, device, inode = self._identity
+            try:
+                found = os.stat(path)
+            except OSError:
+                pass
+            else:
+                if (found.st_dev, found.st_ino) == (device, inode):
+                    return
+        self._connect()
+
+    def _connect(self, *, is_damaged: bool = False) -> None:
+        self._disconnect()
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            newest = max(self._numbers(), default=0)
+            connection, path = self._open(newest + is_damaged)
+        except (OSError, sqlite3.Error, DatabaseUnusable) as error:
+            _log.warning("cannot open the tree cache in %s: %s", self._directory, error)
+            self._retry_at = time.monotonic() + _RETRY_S
+            return
+        self._connection = connection
+        try:
+            connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+            info = os.stat(path)
+        except (OSError, sqlite3.Error):
+            # Removed in this moment by somebody who found it damaged: next time the new one is opened.
+            self._disconnect()
+            return
+        self._identity = (path, info.st_dev, info.st_ino)
+
+    def _disconnect(self) -> None:
+        self._identity = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self, number: int) -> tuple[sqlite3.Connection, Path]:
+        """Open the first database from `number` on that can be used; older ones are removed.
+
+        A name is never used twice: a process that still has an old file open would remove the
+        write-ahead log of its successor when it closes.
+        """
+        while True:
+            path = self._path(number)
+            try:
+                connection = open_database(
+                    path,
+                    application_id=APPLICATION_ID,
+                    user_version=SCHEMA_VERSION,
+                    schema=_SCHEMA,
+                    durable=False,
+                )
+            except DatabaseUnusable as error:
+                # As in `_attempt`; without a cause it is of another version.
+                if type(error.__cause__) not in (sqlite3.DatabaseError, type(None)):
+                    raise
+                number += 1
+                continue
+            for older in self._numbers():
+                if older < number:
+                    for suffix in ("", "-wal", "-shm"):
+                        Path(f"{self._path(older)}{suffix}").unlink(missing_ok=True)
+            return connection, path
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{self._prefix}{number}.db"
+
+    def _numbers(self) -> Iterator[int]:
+        for name in os.listdir(self._directory):
+            number = name.removeprefix(self._prefix).removesuffix(".db")
+            if name == f"{self._prefix}{number}.db" and number.isdecimal():
+                yield int(number)
+
+
+def smudge(rows: Sequence[Row], listed_ns: int) -> bytes:
+    """Rows for the cache: those of files that may have changed since `listed_ns` equal no listing.
+
+    A change so soon after the last one that both have the same time cannot be seen in the times.
+    """
+    newest = listed_ns - RACY_NS
+    return pack_rows([row if max(row[4:]) < newest else row._replace(ctime_ns=0) for row in rows])
+
+
+def _load_tree(connection: sqlite3.Connection, key: bytes) -> CachedTree | None:
+    found = connection.execute("SELECT checksum, facts FROM trees WHERE key = ?", (key,)).fetchone()
+    if found is None:
+        return None
+    checksum, facts = found
+    if checksum != _checksum(key, facts):
+        raise sqlite3.DatabaseError(f"the row of a tree is damaged: {key.hex()}")
+    snapshot, generation, root = _unpack(facts)
+    return CachedTree(snapshot, unpack_root(root), generation)
+
+
+def _insert(
+    connection: sqlite3.Connection, batch: Sequence[tuple[bytes, CachedDirectory]], today: int
+) -> bool:
+    connection.executemany(
+        "INSERT OR REPLACE INTO directories VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (_directory_columns(path, directory, today) for path, directory in batch),
+    )
+    return True
+
+
+def _directory_columns(path: bytes, directory: CachedDirectory, today: int) -> tuple[Any, ...]:
+    device, inode, rows, sources, children, node, totals, generation = directory
+    blobs = (_pack((device, inode, node, totals, generation)), rows, sources, children)
+    return (path, today, _checksum(path, *blobs), *blobs)
+
+
+def _delete(connection: sqlite3.Connection, oldest: int) -> bool:
+    """Delete some of the rows that were used before that day; whether there may be more."""
+    deleted = 0
+    for table, key in (("directories", "path"), ("trees", "key")):
+        deleted += connection.execute(
+            f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE used < ? LIMIT ?)",
+            (oldest, _BATCH_ROWS),
+        ).rowcount
+    return deleted > 0
+
+
+def _batches(
+    directories: Iterable[tuple[bytes, CachedDirectory]],
+) -> Iterator[list[tuple[bytes, CachedDirectory]]]:
+    iterator = iter(directories)
+    for first in iterator:
+        batch = []
+        size = 0
+        for path, directory in chain([first], iterator):
+            batch.append((path, directory))
+            size += len(directory.rows) + len(directory.sources) + len(directory.children)
+            if size >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS:
+                break
+        yield batch
+
+
+def _checksum(*parts: bytes) -> int:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _pack(values: object) -> bytes:
+    packed: bytes = msgpack.packb(values, use_bin_type=True)
+    return packed
+
+
+def _unpack(data: bytes) -> Any:
+    return msgpack.unpackb(data, raw=False, use_list=False)

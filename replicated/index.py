@@ -29,7 +29,7 @@ from replicated.store.base import KeyMissing, Store
 INDEX_PREFIX: Final = "index/"
 #: "RPLX".
 APPLICATION_ID: Final = 0x52504C58
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _SCHEMA = """
 CREATE TABLE packs (
@@ -49,6 +49,11 @@ CREATE TABLE chunks (
 CREATE TABLE objects (
     name BLOB PRIMARY KEY
 ) WITHOUT ROWID;
+-- One row, as in Index.generation.
+CREATE TABLE identity (
+    generation INTEGER NOT NULL
+);
+INSERT INTO identity VALUES (random());
 """
 
 _OBJECT_KEY = re.compile(INDEX_PREFIX + r"([0-9a-f]{64})")
@@ -90,6 +95,16 @@ class Index:
     def damaged_objects(self) -> frozenset[str]:
         """Keys of the index objects that could not be read at the last refresh."""
         return self._damaged
+
+    @property
+    def generation(self) -> int:
+        """A random number for as long as what was found here once is still there.
+
+        There is another one once an index object has vanished from the store, because garbage was
+        collected, and when this database was damaged or lost: then everything has to be looked up again.
+        """
+        with self._lock:
+            return self._attempt(self._load_generation)
 
     def close(self) -> None:
         """Close the database; may be called twice."""
@@ -156,6 +171,13 @@ class Index:
                 ) from error
         self._damaged = frozenset(damaged)
 
+    def _load_generation(self) -> int:
+        found = self._connection.execute("SELECT generation FROM identity").fetchone()
+        if found is None:
+            raise sqlite3.DatabaseError("it has no generation")
+        (generation,) = found
+        return int(generation)
+
     def _insert(self, object_name: str, listings: Sequence[PackListing]) -> None:
         with self._connection as connection:
             for listing in listings:
@@ -210,7 +232,7 @@ class Index:
 
     def _start_anew(self) -> None:
         self._connection.close()
-        self._connection = self._open(after=self._newest_generation())
+        self._connection = self._open(after=self._newest_number())
 
     def _open(self, after: int | None = None) -> sqlite3.Connection:
         """Open the newest database, or one newer than `after`; older ones are removed.
@@ -218,14 +240,14 @@ class Index:
         A name is never used twice: a process that still has an old file open would remove the
         write-ahead log of its successor when it closes.
         """
-        newest = self._newest_generation()
-        generation = newest if newest is not None else 0
+        newest = self._newest_number()
+        number = newest if newest is not None else 0
         if after is not None:
-            generation = max(generation, after + 1)
+            number = max(number, after + 1)
         while True:
             try:
                 connection = open_database(
-                    self._path(generation),
+                    self._path(number),
                     application_id=APPLICATION_ID,
                     user_version=SCHEMA_VERSION,
                     schema=_SCHEMA,
@@ -234,26 +256,26 @@ class Index:
             except DatabaseUnusable as error:
                 if type(error.__cause__) not in (sqlite3.DatabaseError, type(None)):
                     raise self._unusable(error.reason) from error
-                generation += 1
+                number += 1
                 continue
-            self._remove_older_than(generation)
+            self._remove_older_than(number)
             return connection
 
-    def _path(self, generation: int) -> Path:
-        return self._directory / f"{self._prefix}{generation}.db"
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{self._prefix}{number}.db"
 
-    def _generations(self) -> Iterator[int]:
+    def _numbers(self) -> Iterator[int]:
         for name in os.listdir(self._directory):
             number = name.removeprefix(self._prefix).removesuffix(".db")
             if name == f"{self._prefix}{number}.db" and number.isdecimal():
                 yield int(number)
 
-    def _newest_generation(self) -> int | None:
-        return max(self._generations(), default=None)
+    def _newest_number(self) -> int | None:
+        return max(self._numbers(), default=None)
 
-    def _remove_older_than(self, generation: int) -> None:
-        for older in self._generations():
-            if older < generation:
+    def _remove_older_than(self, number: int) -> None:
+        for older in self._numbers():
+            if older < number:
                 for suffix in ("", "-wal", "-shm"):
                     Path(f"{self._path(older)}{suffix}").unlink(missing_ok=True)
 

@@ -1,9 +1,9 @@
 """Puts chunks that the repository lacks into packs, and packs into the store and the index.
 
 Used by one `SnapshotWriter`. Chunks come from any thread; packs are uploaded by one thread of its own,
-in order, at most a few waiting: whoever adds more waits too. Index objects are written after the packs
-that they list, at the end and after every so much new data, so that an interrupted snapshot goes on
-where it was. Owner of the claims: the set of chunks that are on their way.
+in order. There are a few packs at a time at most: whoever needs one more waits. Index objects are
+written after the packs that they list, at the end and after every so much new data, so that an
+interrupted snapshot goes on where it was. Owner of the claims: the set of chunks that are on their way.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PACK_PREFIX: Final = "packs/"
 #: An index object is written once the packs since the last one have so many bytes or chunks.
 INDEX_AFTER_BYTES: Final = 256 << 20
 INDEX_AFTER_CHUNKS: Final = 1 << 17
-#: Full packs that wait or are being uploaded; each is 32 MiB of memory.
-MAX_WAITING_PACKS: Final = 2
+#: Packs of a kind that are in memory: one is filled, one is uploaded, one waits between them.
+MAX_PACKS: Final = {DATA_PACK: 3, TREE_PACK: 2}
 
 
 @dataclass(slots=True)
@@ -56,22 +56,23 @@ class Packer:
         self._index = index
         self._stats = stats
         self._random_name = random_name
-        # Leaves: nothing else is locked, and no I/O done, while one of these is held.
+        # Leaves: nothing else is locked, and no I/O done, while one of these is held. Who waits for room
+        # for another pack keeps `_builders_lock`, because all who come after have to wait for it too.
         self._claims_lock = threading.Lock()
         self._claimed: set[bytes] = set()
         self._builders_lock = threading.Lock()
         self._builders: dict[int, PackBuilder] = {}
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._waiting = threading.BoundedSemaphore(MAX_WAITING_PACKS)
+        self._room = {kind: threading.BoundedSemaphore(count) for kind, count in MAX_PACKS.items()}
         # Belongs to the uploader's thread: packs in the store that no index object lists yet.
         self._unlisted: list[PackListing] = []
         self._failure: BaseException | None = None
 
     def add(self, chunks: Sequence[tuple[bytes, bytes | memoryview]], kind: int = DATA_PACK) -> None:
         """Store those of the chunks, given with their ids, that are new; borrowed for the call."""
-        self._raise_failure()
-        new = self._claim([chunk_id for chunk_id, _ in chunks])
+        self.raise_failure()
         try:
+            new = self._claim([chunk_id for chunk_id, _ in chunks])
             for chunk_id, plain in chunks:
                 if chunk_id in new:
                     new.remove(chunk_id)
@@ -84,19 +85,24 @@ class Packer:
 
     def finish(self) -> None:
         """Upload everything, list it in an index object, and end; raises what failed meanwhile."""
-        self._raise_failure()
+        self.raise_failure()
         with self._builders_lock:
             builders = [self._builders.pop(kind) for kind in (DATA_PACK, TREE_PACK) if kind in self._builders]
         for builder in builders:
             self._submit(builder)
         self._uploader.submit(self._attempt, self._write_index).result()
         self._uploader.shutdown()
-        self._raise_failure()
+        self.raise_failure()
 
     def abandon(self) -> None:
         """End without writing what is not written yet; may be called at any time, also twice."""
         self._fail(RuntimeError("the writer was abandoned"))
         self._uploader.shutdown()
+
+    def raise_failure(self) -> None:
+        """Raise what has failed in any thread; nothing can be stored any more then."""
+        if self._failure is not None:
+            raise self._failure
 
     def _claim(self, chunk_ids: Iterable[bytes]) -> set[bytes]:
         """Those of the chunks that nobody has stored or is storing; the caller has to store them."""
@@ -123,6 +129,7 @@ class Packer:
         with self._builders_lock:
             builder = self._builders.get(kind)
             if builder is None:
+                self._room[kind].acquire()
                 builder = self._builders[kind] = PackBuilder(kind)
             builder.add(chunk_id, codec, stored, plain_length)
             self._stats.new_chunks += 1
@@ -134,14 +141,13 @@ class Packer:
             self._submit(full)
 
     def _submit(self, builder: PackBuilder) -> None:
-        self._waiting.acquire()
         self._uploader.submit(self._upload_and_release, builder)
 
     def _upload_and_release(self, builder: PackBuilder) -> None:
         try:
             self._attempt(lambda: self._upload(builder))
         finally:
-            self._waiting.release()
+            self._room[builder.kind].release()
 
     def _upload(self, builder: PackBuilder) -> None:
         name = self._random_name()
@@ -178,10 +184,6 @@ class Packer:
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
 
 
 def pack_key(name: bytes) -> str:

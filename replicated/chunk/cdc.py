@@ -6,7 +6,6 @@ machine, or deduplication stops working (it would still be right). A golden test
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,9 +22,6 @@ TEXT_SAMPLE_BYTES: Final = 8192
 #: Control characters other than these make a file binary: \t \n \v \f \r and escape.
 _TEXT_CONTROLS = b"\t\n\x0b\x0c\r\x1b"
 _BINARY_BYTES = bytes(byte for byte in [*range(32), 127] if byte not in _TEXT_CONTROLS)
-
-# Cutting restarts at the last certain cut of a window, so a window is many chunks long.
-_WINDOW_IN_CHUNKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +67,28 @@ def is_text(head: bytes) -> bool:
     return b"\0" not in head and binary * 100 <= len(head)
 
 
-def window_bytes(sizes: ChunkSizes) -> int:
-    """How much of a file `cut_windows` looks at in one step."""
-    return _WINDOW_IN_CHUNKS * sizes.maximum
+class Cutter:
+    """Cuts one file that is looked at window by window; the cuts are those of one pass over the whole."""
 
+    def __init__(self, sizes: ChunkSizes) -> None:
+        self._sizes = sizes
+        self._cutter = FastCDC(
+            sizes.average,
+            min_size=sizes.minimum,
+            max_size=sizes.maximum,
+            normalized_chunking=NORMALIZATION,
+            seed=0,
+        )
 
-def cut_windows(data: memoryview, sizes: ChunkSizes) -> Iterator[tuple[int, list[int]]]:
-    """(offset, lengths of the chunks from there) window by window; together they cover `data`.
+    def cut(self, window: memoryview, *, is_last: bool) -> list[int]:
+        """Lengths of the chunks at the beginning of a window; the next window begins with what is left.
 
-    The cuts are those of one pass over the whole: a cut depends only on the bytes since the cut before
-    it, so all chunks of a window are certain but the last, which the window's end may have cut.
-    """
-    cutter = FastCDC(
-        sizes.average,
-        min_size=sizes.minimum,
-        max_size=sizes.maximum,
-        normalized_chunking=NORMALIZATION,
-        seed=0,
-    )
-    window = window_bytes(sizes)
-    offset = 0
-    while offset < len(data):
-        end = min(offset + window, len(data))
-        lengths = [chunk.length for chunk in cutter.cut_buf(data[offset:end])]
-        if end < len(data):
+        Every window but the last must be longer than the longest chunk. A cut depends only on the bytes
+        since the cut before it, so all chunks are certain but the last one, which the window's end may
+        have cut, unless the file ends there too.
+        """
+        assert is_last or len(window) > self._sizes.maximum, "the window may hold no certain chunk"
+        lengths = [chunk.length for chunk in self._cutter.cut_buf(window)]
+        if not is_last:
             lengths.pop()
-        yield offset, lengths
-        offset += sum(lengths)
+        return lengths

@@ -12,9 +12,8 @@ from replicated.chunk.cdc import (
     TEXT_SAMPLE_BYTES,
     ChunkerParameters,
     ChunkSizes,
-    cut_windows,
+    Cutter,
     is_text,
-    window_bytes,
 )
 
 PARAMETERS = ChunkerParameters()
@@ -33,8 +32,17 @@ BINARY_GOLDEN = (
 )
 
 
-def cut(data: bytes, sizes: ChunkSizes) -> list[int]:
-    return [length for _, lengths in cut_windows(memoryview(data), sizes) for length in lengths]
+def cut(data: bytes, sizes: ChunkSizes, window_bytes: int = 8 << 20) -> list[int]:
+    cutter = Cutter(sizes)
+    found: list[int] = []
+    start = 0
+    while start < len(data):
+        window = memoryview(data)[start : start + window_bytes]
+        lengths = cutter.cut(window, is_last=start + len(window) == len(data))
+        assert lengths, "it would never end"
+        start += sum(lengths)
+        found += lengths
+    return found
 
 
 def fingerprint(lengths: list[int]) -> str:
@@ -63,13 +71,19 @@ def test_default_parameters_never_change() -> None:
     assert PARAMETERS.is_valid()
 
 
-@given(st.integers(0, 40000), st.integers(0, 2**32), st.sampled_from([1, 2, 256]))
-def test_windows_cut_as_one_pass_over_the_whole_does(length: int, seed: int, variety: int) -> None:
+@given(
+    st.integers(0, 40000),
+    st.integers(0, 2**32),
+    st.sampled_from([1, 2, 256]),
+    st.integers(SMALL.maximum + 1, 10 * SMALL.maximum),
+)
+def test_windows_of_any_size_cut_as_one_pass_over_the_whole_does(
+    length: int, seed: int, variety: int, window_bytes: int
+) -> None:
     data = bytes(random.Random(seed).choices(range(variety), k=length))
-    lengths = cut(data, SMALL)
+    lengths = cut(data, SMALL, window_bytes)
     assert sum(lengths) == length
     assert all(SMALL.minimum <= part <= SMALL.maximum for part in lengths[:-1])
-    assert window_bytes(SMALL) < 10000, "else there would be one window only"
     assert lengths == _one_pass(data)
 
 

@@ -151,6 +151,41 @@ def test_vanished_index_object_makes_its_chunks_unknown(
     assert load(repository, kept.id) == {"a": b"kept"}
 
 
+def test_generation_is_kept_while_nothing_is_lost(
+    repository: Repository, open_again: Open, save: Save
+) -> None:
+    generation = repository.index.generation
+    save(repository, {"a": b"1"})
+    other = open_again()
+    save(other, {"a": b"2"})
+    repository.index.refresh()
+    repository.close()
+    assert open_again().index.generation == other.index.generation == generation
+
+
+@pytest.mark.parametrize("loss", ["vanished", "rebuilt", "cache removed", "cache damaged"])
+def test_generation_changes_when_something_may_be_lost(
+    repository: Repository, open_again: Open, save: Save, tmp_path: Path, loss: str
+) -> None:
+    generation = repository.index.generation
+    save(repository, {"a": b"1"})
+    if loss == "vanished":
+        repository.store.delete(next(repository.store.list("index/")).key)
+        repository.index.refresh()
+    elif loss == "rebuilt":
+        repository.index.rebuild()
+    else:
+        repository.close()
+        (path,) = databases(tmp_path)
+        if loss == "cache removed":
+            shutil.rmtree(path.parent)
+        else:
+            path.write_bytes(b"x" * 10_000)
+        repository = open_again()
+    assert repository.index.generation != generation
+    assert open_again().index.generation == repository.index.generation
+
+
 def test_copy_of_a_repository_has_an_index_of_its_own(
     repository: Repository, open_again: Open, save: Save, load: Load, tmp_path: Path
 ) -> None:

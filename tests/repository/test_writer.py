@@ -6,25 +6,33 @@ import os
 import random
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from blake3 import blake3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from replicate.errors import RepositoryFull, RepositoryUnreachable
 from replicate.ids import SnapshotId, new_id
 from replicated import packer
-from replicated.chunk.cdc import ChunkerParameters
+from replicated import writer as writer_module
+from replicated.chunk.cdc import ChunkerParameters, ChunkSizes, Cutter
 from replicated.format import pack
 from replicated.format.listing import parse_index
 from replicated.format.manifest import FileContent, TreeEntry
 from replicated.format.metadata import Snapshot
+from replicated.index import Index
+from replicated.reader import ChunkReader
 from replicated.repository import Repository
 from replicated.store.base import Buffer
 from replicated.store.memory import MemoryStore
 from replicated.tree import open_tree
+from replicated.writer import SnapshotWriter
 
 Save = Callable[[Repository, dict[str, bytes]], Snapshot]
 Load = Callable[[Repository, SnapshotId], dict[str, bytes]]
@@ -221,33 +229,105 @@ def test_failed_writer_stays_failed(tmp_path: Path) -> None:
     repository.close()
 
 
-def test_files_are_added_from_many_threads(repository: Repository, load: Load) -> None:
-    contents = {b"%02d" % n: random.Random(n % 10).randbytes(40_000 * (n % 10) + 1) for n in range(40)}
-    added: dict[bytes, FileContent] = {}
+@given(
+    st.integers(0, 300_000),
+    st.integers(1, 50_000),
+    st.sampled_from([1, 256]),
+    st.sampled_from([1, 1000, 100_000]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_content_that_is_read_in_pieces_is_the_content_in_memory(
+    monkeypatch: pytest.MonkeyPatch, size: int, read_bytes: int, variety: int, whole_below: int
+) -> None:
+    monkeypatch.setattr(writer_module, "_WINDOW_BYTES", 0)
+    sizes = ChunkSizes(64, 256, 1024)
+    chunker = ChunkerParameters(whole_below, sizes, sizes)
+    data = bytes(random.Random(size).choices(range(variety), k=size))
+
+    def read_into(view: memoryview, offset: int) -> int:
+        piece = data[offset : offset + min(len(view), read_bytes)]
+        view[: len(piece)] = piece
+        return len(piece)
+
+    store = MemoryStore()
+    with TemporaryDirectory() as cache, closing(Index(Path(cache), "id", store)) as index:
+        with SnapshotWriter(store, index, ChunkReader(store, index, 1 << 20), chunker) as writer:
+            content = writer.add_content(size, read_into)
+            writer.finish()
+        assert content.size == size
+        assert content.hash == blake3(data).digest()
+        reader = ChunkReader(store, index, 1 << 20)
+        chunks = b"".join(reader.read(chunk_id) for chunk_id in chunk_ids(reader, content))
+        assert chunks == data
+        if size >= whole_below and not content.node:
+            cutter = Cutter(sizes)
+            assert list(content.lengths or (size,)) == (cutter.cut(memoryview(data), is_last=True) or [0])
+
+
+def chunk_ids(reader: ChunkReader, content: FileContent) -> Iterator[bytes]:
+    pending = [content.node] if content.node else []
+    yield from content.ids() if not pending else ()
+    while pending:
+        chunks = reader.read_chunk_list(pending.pop(0))
+        if chunks.level == 0:
+            yield from chunks.split_ids()
+        else:
+            pending = chunks.split_ids() + pending
+
+
+def test_windows_and_small_files_are_cut_as_if_each_were_alone(repository: Repository) -> None:
+    datas = [random.Random(n).randbytes(n * 1_700_000 % 21_000_000) for n in range(14)]
     with repository.writer() as writer:
-        names = iter(sorted(contents))
-        lock = threading.Lock()
+        together = [writer.add_file(data) for data in datas]
+    for data, content in zip(datas, together, strict=True):
+        with repository.writer() as writer:
+            assert writer.add_file(data) == content
+        if content.lengths:
+            cutter = Cutter(ChunkerParameters().binary)
+            assert list(content.lengths) == cutter.cut(memoryview(data), is_last=True)
 
-        def work() -> None:
-            while True:
-                with lock:
-                    name = next(names, None)
-                if name is None:
-                    return
-                added[name] = writer.add_file(contents[name])
 
-        threads = [threading.Thread(target=work) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        root = writer.add_tree(TreeEntry(name, "file", 0o644, 0, added[name]) for name in sorted(added))
-        writer.finish()
-        distinct = set(contents.values())
-        assert writer.stats.new_plain_bytes < sum(map(len, distinct)) + 20_000
-    snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
-    assert load(repository, snapshot.id) == {name.decode(): data for name, data in contents.items()}
+@pytest.mark.parametrize("size", [100, 1_000_000, 30_000_000])
+@pytest.mark.parametrize("missing", [1, 99])
+def test_content_that_ends_early_is_an_error(repository: Repository, size: int, missing: int) -> None:
+    def read_into(view: memoryview, offset: int) -> int:
+        return min(len(view), size - missing - offset)
+
+    with repository.writer() as writer, pytest.raises(EOFError, match=str(size - missing)):
+        writer.add_content(size, read_into)
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_no_more_packs_are_in_memory_than_allowed(tmp_path: Path) -> None:
+    made: list[pack.PackBuilder] = []
+    alive: list[int] = []
+
+    class Counted(pack.PackBuilder):
+        def __init__(self, kind: int) -> None:
+            super().__init__(kind)
+            made.append(self)
+
+    class Slow(MemoryStore):
+        def put(self, key: str, parts: Sequence[Buffer]) -> None:
+            if key.startswith("packs/"):
+                # All threads of the writer get as far as they can meanwhile.
+                deadline = time.monotonic() + 0.05
+                while len(made) < stored[0] + packer.MAX_PACKS[pack.DATA_PACK] + 1:
+                    if time.monotonic() > deadline:
+                        break
+                alive.append(len(made) - stored[0])
+                stored[0] += 1
+            super().put(key, parts)
+
+    stored = [0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packer, "PackBuilder", Counted)
+        repository = Repository.open_on(Slow(), cache=tmp_path, create=True)
+        with repository.writer() as writer:
+            writer.add_file(random.Random(1).randbytes(4_000_000))
+            writer.finish()
+        repository.close()
+    assert 1 < max(alive) <= packer.MAX_PACKS[pack.DATA_PACK]
 
 
 def test_progress_rises_to_the_size_of_everything(repository: Repository) -> None:

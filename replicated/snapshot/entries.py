@@ -132,6 +132,19 @@ def unpack_sources(data: bytes) -> tuple[Source, ...]:
     return tuple(sources)
 
 
+def pack_children(children: Sequence[tuple[bytes, int, int, bytes]]) -> bytes:
+    """Name, mode, mtime and stored node of each directory in a directory, as bytes."""
+    return _pack([(name, mode, _pack_large(mtime_ns), node) for name, mode, mtime_ns, node in children])
+
+
+def unpack_children(data: bytes) -> list[tuple[bytes, int, int, bytes]]:
+    """What `pack_children` packed; raises `CaptureFailed` for anything else."""
+    try:
+        return [(name, mode, _unpack_large(mtime_ns), node) for name, mode, mtime_ns, node in _unpack(data)]
+    except (TypeError, ValueError) as error:
+        raise CaptureFailed(f"the directories in a directory cannot be read: {error}") from error
+
+
 def pack_header(header: Header) -> bytes:
     """The beginning of a stream of entries."""
     return _pack((VERSION, header.project_directory, header.tree_key))

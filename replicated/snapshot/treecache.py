@@ -327,7 +327,7 @@ def smudge(rows: Sequence[Row], listed_ns: int) -> bytes:
     A change so soon after the last one that both have the same time cannot be seen in the times.
     """
     newest = listed_ns - RACY_NS
-    return pack_rows([row if max(row[4:]) < newest else row._replace(ctime_ns=0) for row in rows])
+    return pack_rows([row if max(row[4:]) < newest else (*row[:5], 0) for row in rows])
 
 
 def _load_tree(connection: sqlite3.Connection, key: bytes) -> CachedTree | None:

@@ -1,139 +1,357 @@
-"""Bring one captured snapshot from the spool into the repository: chunks, tree, then the snapshot itself.
+"""Bring one captured snapshot into the repository: chunks, nodes, and what the next capture may rely on.
 
-May be repeated from the start at any time: what the repository has already is found by hash and not
-stored again. Called by `jobs`, one snapshot at a time a repository.
+Directories come before what they hold and are closed after it, so each is made into a node once all
+below it are. What the repository has is not read: a content that is known is looked up only when its
+directory was stored under another index, and a directory that is as it was stored costs no work at all.
+May be repeated from the start at any time. Called by `store_process`, one snapshot at a time a
+repository; puts nothing that a reader sees.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Final, cast
 
-from replicate.errors import CaptureFailed
+from replicate.errors import CaptureFailed, RepositoryDamaged
 from replicate.ids import SnapshotId
-from replicated.format.manifest import FileContent, TreeEntry
+from replicated.format.canonical import Malformed
+from replicated.format.manifest import EMPTY_HASH, MAX_DEPTH, FileContent, RootNode
 from replicated.format.metadata import Snapshot
-from replicated.repository import Repository
-from replicated.snapshot.spool import PACKED_FILE, SpooledEntry, read_entries
-from replicated.writer import SnapshotWriter
+from replicated.repository import Repository, SnapshotWriter
+from replicated.snapshot.entries import (
+    KNOWN,
+    LINK,
+    CapturedDirectory,
+    Header,
+    Row,
+    SameTree,
+    Source,
+    pack_children,
+    unpack_children,
+    unpack_rows,
+    unpack_sources,
+)
+from replicated.snapshot.frozen import FrozenFiles, open_unchanged
+from replicated.snapshot.remembered import Remembered
+from replicated.snapshot.treecache import CachedDirectory, CachedTree, TreeCache
 
-#: Pages of a mapped spool file are given back in steps of this size.
-_FORGET_BYTES = 16 << 20
+#: Later than any listing: rows that come from the cache were judged when they went there.
+_NEVER_RACY_NS: Final = 1 << 80
+_EMPTY = FileContent(0, EMPTY_HASH)
 
 
 def ingest(
     repository: Repository,
-    identifier: SnapshotId,
-    spool_directory: Path,
+    snapshot_id: SnapshotId,
+    header: Header,
+    records: Iterator[CapturedDirectory | SameTree],
+    files: FrozenFiles,
+    cache: TreeCache | None,
     on_progress: Callable[[int], None] | None = None,
-) -> Snapshot:
-    """Store the spooled snapshot and return what is to be committed with `put_snapshot`.
+) -> RootNode:
+    """Store what was captured; the root that is to be committed with `put_snapshot`.
 
-    When this returns, all its chunks are durable and indexed, and nothing is visible to readers yet.
-    Raises `RepositoryError`s (retry) and `CaptureFailed` when the spool is damaged (final).
+    When this returns, all chunks are durable and indexed, and nothing is visible to readers yet.
+    `on_progress` gets the bytes of content done so far, known ones too. Raises `RepositoryError`s and
+    `OSError` (retry), and `CaptureFailed` when what was captured is gone or damaged (final).
     """
-    with _SpoolFiles(spool_directory, on_progress) as source, repository.writer(source.report) as writer:
-        try:
-            root = writer.add_tree(_store_files(writer, source, read_entries(spool_directory)))
-        except ValueError as error:
-            raise CaptureFailed(f"the spool does not hold a tree: {error}") from error
-        writer.finish()
-    return Snapshot(id=identifier, root=root)
-
-
-class _SpoolFiles:
-    """The spool's files, mapped: the packed one all the time, of the big ones only the current one."""
-
-    def __init__(self, directory: Path, on_progress: Callable[[int], None] | None) -> None:
-        self._directory = directory
-        self._on_progress = on_progress
-        self._packed: _Mapping | None = None
-        self._current: _Mapping | None = None
-        #: What the writer's count of bytes was when the current mapping was at its beginning.
-        self._base = 0
-        self._done = 0
-
-    def __enter__(self) -> _SpoolFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._packed is not None:
-            self._packed.close()
-
-    def add(self, writer: SnapshotWriter, entry: SpooledEntry) -> FileContent:
-        if entry.size == 0:
-            return writer.add_file(b"")
-        if entry.source != PACKED_FILE:
-            mapping = _Mapping(self._directory / entry.source)
+    with repository.writer(on_progress) as writer:
+        # The writer has just brought the index up to date.
+        generation = repository.index.generation
+        with Remembered(generation) as remembered:
+            trees = _Trees(repository, generation, writer, header, files, cache, remembered)
             try:
-                return self._add(writer, mapping, entry)
-            finally:
-                mapping.close()
-        if self._packed is None:
-            self._packed = _Mapping(self._directory / PACKED_FILE)
-        return self._add(writer, self._packed, entry)
-
-    def report(self, done: int) -> None:
-        """Take note of how far the writer is."""
-        self._done = done
-        if self._current is not None:
-            self._current.forget_before(done - self._base)
-        if self._on_progress is not None:
-            self._on_progress(done)
-
-    def _add(self, writer: SnapshotWriter, mapping: _Mapping, entry: SpooledEntry) -> FileContent:
-        self._current, self._base = mapping, self._done - entry.offset
-        try:
-            with mapping.view(entry.offset, entry.size) as content:
-                return writer.add_file(content)
-        finally:
-            self._current = None
+                root = trees.store(snapshot_id, records)
+            except (ValueError, Malformed) as error:
+                raise CaptureFailed(f"what was captured is not a tree: {error}") from error
+            writer.finish()
+            if cache is not None:
+                tree = (header.tree_key, CachedTree(snapshot_id, root, generation))
+                remembered.tell(cache, tree if header.tree_key else None)
+    return root
 
 
-class _Mapping:
-    """One spool file in memory, read from front to back."""
+@dataclass(slots=True)
+class _Totals:
+    """What lies below a directory."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        try:
-            with file.open("rb") as opened:
-                self._mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        except (FileNotFoundError, ValueError) as error:
-            # Anything else, such as a lack of descriptors or memory, passes.
-            raise CaptureFailed(f"the spool file cannot be read: {file}: {error}") from error
-        self._mapped.madvise(mmap.MADV_SEQUENTIAL)
-        self._forgotten = 0
+    files: int = 0
+    directories: int = 0
+    symlinks: int = 0
+    size_bytes: int = 0
 
-    @contextmanager
-    def view(self, offset: int, size: int) -> Iterator[memoryview]:
-        if len(self._mapped) < offset + size:
-            raise CaptureFailed(f"the spool file is shorter than it was: {self._file}")
-        # Released here: a mapping cannot be closed while views of it are about.
-        with memoryview(self._mapped) as whole, whole[offset : offset + size] as content:
-            yield content
+    def add(self, other: tuple[int, int, int, int]) -> None:
+        self.files += other[0]
+        self.directories += other[1]
+        self.symlinks += other[2]
+        self.size_bytes += other[3]
 
-    def forget_before(self, offset: int) -> None:
-        """Give up the memory of what has been stored, so that it does not grow with the file."""
-        if offset - self._forgotten >= _FORGET_BYTES:
-            length = (offset - self._forgotten) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._mapped.madvise(mmap.MADV_DONTNEED, self._forgotten, length)
-            self._forgotten += length
-
-    def close(self) -> None:
-        self._mapped.close()
+    def as_tuple(self) -> tuple[int, int, int, int]:
+        return self.files, self.directories, self.symlinks, self.size_bytes
 
 
-def _store_files(
-    writer: SnapshotWriter, source: _SpoolFiles, entries: Iterator[SpooledEntry]
-) -> Iterator[TreeEntry]:
-    for entry in entries:
-        yield TreeEntry(
-            path=entry.path,
-            type=entry.type,
-            mode=entry.mode,
-            mtime_ns=entry.mtime_ns,
-            content=source.add(writer, entry) if entry.type == "file" else None,
-            target=entry.target,
+@dataclass(slots=True)
+class _Open:
+    """A directory whose directories are still coming."""
+
+    record: CapturedDirectory
+    cached: CachedDirectory | None
+    #: Files and links are those of `cached`, which was stored under the present index.
+    is_same: bool
+    #: Of its files and links; not looked at while `is_same`.
+    rows: list[Row] = field(default_factory=list)
+    #: The content of each file and the target of each link, in the order of the rows.
+    contents: list[FileContent | bytes] = field(default_factory=list)
+    children: list[tuple[bytes, int, int, bytes]] = field(default_factory=list)
+    below: _Totals = field(default_factory=_Totals)
+
+
+class _Trees:
+    """Makes the records of one capture into nodes."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        generation: int,
+        writer: SnapshotWriter,
+        header: Header,
+        files: FrozenFiles,
+        cache: TreeCache | None,
+        remembered: Remembered,
+    ) -> None:
+        self._repository = repository
+        self._generation = generation
+        self._writer = writer
+        self._header = header
+        self._files = files
+        self._cache = cache
+        self._remembered = remembered
+
+    def store(self, snapshot_id: SnapshotId, records: Iterator[CapturedDirectory | SameTree]) -> RootNode:
+        first = next(records, None)
+        if first is None:
+            raise ValueError("nothing was captured")
+        if isinstance(first, SameTree):
+            return self._confirm(snapshot_id, first.root)
+        return self._build(first, records)
+
+    def _build(self, first: CapturedDirectory, records: Iterator[CapturedDirectory | SameTree]) -> RootNode:
+        if first.path:
+            raise ValueError("the project directory itself is missing")
+        path: list[bytes] = []
+        opened = [self._begin(first)]
+        for record in records:
+            if isinstance(record, SameTree):
+                raise ValueError("a directory and a whole tree")
+            *parents, name = record.path.split(b"/")
+            while path[: len(parents)] != parents or len(path) > len(parents):
+                if not path:
+                    raise ValueError(f"a directory comes before the one it is in: {record.path!r}")
+                self._close(path.pop(), opened)
+            if len(opened) > MAX_DEPTH:
+                raise ValueError(f"directories are nested deeper than {MAX_DEPTH}: {name!r}")
+            path.append(name)
+            opened.append(self._begin(record))
+        while path:
+            self._close(path.pop(), opened)
+        (root,) = opened
+        node, totals = self._finish(root)
+        return RootNode(node, stat.S_IMODE(first.mode), first.mtime_ns, *totals)
+
+    def _begin(self, record: CapturedDirectory) -> _Open:
+        """Store the files of a directory, unless they are those that it had when it was stored before."""
+        cached = self._cache.load(self._absolute(record.path)) if self._cache is not None else None
+        if cached is not None and cached.generation != self._generation:
+            cached = None
+        if cached is not None and (record.rows, record.sources) == (cached.rows, cached.sources):
+            return _Open(record, cached, is_same=True)
+        opened = _Open(record, cached, is_same=False)
+        sources = self._unpack(opened)
+        known = frozenset(unpack_sources(cached.sources)) if cached is not None else frozenset()
+        to_look_up = [
+            (row, _known_content(row, source))
+            for row, source in zip(opened.rows, sources, strict=True)
+            if source[0] == KNOWN and source not in known and row.size
+        ]
+        missing = self._find_missing([content for _, content in to_look_up])
+        opened.contents = [
+            self._store_one(record.path, row, source, missing)
+            for row, source in zip(opened.rows, sources, strict=True)
+        ]
+        return opened
+
+    def _unpack(self, opened: _Open) -> tuple[Source, ...]:
+        opened.rows = unpack_rows(opened.record.rows)
+        sources = unpack_sources(opened.record.sources)
+        if len(sources) != len(opened.rows):
+            raise ValueError(f"not as many contents as files: {opened.record.path!r}")
+        return sources
+
+    def _find_missing(self, contents: list[FileContent]) -> frozenset[FileContent]:
+        """Those of the contents that the repository does not have."""
+        chunk_ids = {chunk_id for content in contents if not content.node for chunk_id in content.ids()}
+        missing = self._repository.index.find_missing(chunk_ids)
+        return frozenset(
+            content
+            for content in contents
+            if (not self._writer.contains(content) if content.node else not missing.isdisjoint(content.ids()))
         )
+
+    def _store_one(
+        self, directory: bytes, row: Row, source: Source, missing: frozenset[FileContent]
+    ) -> FileContent | bytes:
+        if row.is_link != (source[0] == LINK):
+            raise ValueError(f"a link without target, or a target without link: {row.name!r}")
+        if row.is_link:
+            return cast("bytes", source[1])
+        if not row.size:
+            return _EMPTY
+        path = os.path.join(directory, row.name)
+        if source[0] != KNOWN:
+            with _named(path), self._files.open(source) as read_into:
+                return self._writer.add_content(row.size, read_into)
+        content = _known_content(row, source)
+        if content not in missing:
+            self._writer.add_known(row.size)
+            return content
+        with _named(path), open_unchanged(self._header.project_directory, path, row) as read_into:
+            found = self._writer.add_content(row.size, read_into)
+        if found.hash != content.hash:
+            shown = os.fsdecode(path)
+            raise CaptureFailed(
+                f"the repository does not hold the content of {shown} any more, and the file has changed"
+                " without a change of its times",
+                fields={"path": shown},
+            )
+        return found
+
+    def _close(self, name: bytes, opened: list[_Open]) -> None:
+        """Add the innermost directory to the one that holds it."""
+        done = opened.pop()
+        node, totals = self._finish(done)
+        parent = opened[-1]
+        parent.children.append((name, done.record.mode, done.record.mtime_ns, node))
+        parent.below.add(totals)
+        parent.below.directories += 1
+
+    def _finish(self, done: _Open) -> tuple[bytes, tuple[int, int, int, int]]:
+        """The node of a directory and what is below it."""
+        children = pack_children(done.children)
+        cached = done.cached
+        if done.is_same:
+            assert cached is not None, "it is the same as something"
+            if cached.node and cached.children == children:
+                self._writer.add_known(cached.totals[3] - done.below.size_bytes)
+                return cached.node, cached.totals
+            sources = self._unpack(done)
+            done.contents = [
+                self._store_one(done.record.path, row, source, frozenset())
+                for row, source in zip(done.rows, sources, strict=True)
+            ]
+        node = self._store_node(done)
+        for row in done.rows:
+            done.below.add((0, 0, 1, 0) if row.is_link else (1, 0, 0, row.size))
+        totals = done.below.as_tuple()
+        self._remember(done, children, node, totals)
+        return node, totals
+
+    def _store_node(self, done: _Open) -> bytes:
+        builder = self._writer.new_directory()
+        entries: list[tuple[bytes, Row | tuple[int, int], FileContent | bytes]] = [
+            (row.name, row, content) for row, content in zip(done.rows, done.contents, strict=True)
+        ]
+        entries += [(name, (mode, mtime_ns), node) for name, mode, mtime_ns, node in done.children]
+        entries.sort(key=lambda entry: entry[0])
+        for name, about, content in entries:
+            if not isinstance(about, Row):
+                mode, mtime_ns = about
+                builder.add_directory(name, stat.S_IMODE(mode), mtime_ns, cast("bytes", content))
+            elif isinstance(content, FileContent):
+                builder.add_file(name, stat.S_IMODE(about.mode), about.mtime_ns, content)
+            else:
+                builder.add_symlink(name, stat.S_IMODE(about.mode), about.mtime_ns, content)
+        return builder.finish()
+
+    # For the next capture
+
+    def _remember(self, done: _Open, children: bytes, node: bytes, totals: tuple[int, int, int, int]) -> None:
+        path = self._absolute(done.record.path)
+        if done.record.is_complete:
+            self._remembered.add(path, done.record, done.rows, done.contents, children, node, totals)
+        else:
+            self._remembered.add_part(path, done.record, done.cached, done.rows, done.contents)
+
+    def _absolute(self, path: bytes) -> bytes:
+        project_directory = self._header.project_directory
+        return os.path.join(project_directory, path) if path else project_directory
+
+    # A tree that has not changed
+
+    def _confirm(self, snapshot_id: SnapshotId, root: RootNode) -> RootNode:
+        """Make sure that the repository still has a tree."""
+        tree = self._cache.load_tree(self._header.tree_key) if self._cache is not None else None
+        is_surely_there = tree is not None and tree.root == root and tree.generation == self._generation
+        if is_surely_there or self._is_whole(Snapshot(id=snapshot_id, root=root)):
+            self._writer.add_known(root.size_bytes)
+            return root
+        records = self._recall(root)
+        found = self._build(next(records), records)
+        if found != root:
+            raise CaptureFailed(
+                "the repository does not hold the files any more, and they have changed since"
+            )
+        return root
+
+    def _is_whole(self, snapshot: Snapshot) -> bool:
+        try:
+            for _ in self._repository.iter_chunks(snapshot):
+                pass
+        except RepositoryDamaged:
+            return False
+        return True
+
+    def _recall(self, root: RootNode) -> Iterator[CapturedDirectory]:
+        """The tree as the cache has it: what of it the repository has lost may still be with the user."""
+        pending = [(b"", root.mode, root.mtime_ns)]
+        while pending:
+            path, mode, mtime_ns = pending.pop()
+            cached = self._cache.load(self._absolute(path)) if self._cache is not None else None
+            if cached is None:
+                shown = os.fsdecode(self._absolute(path))
+                raise CaptureFailed(f"the repository does not hold the files of {shown} any more")
+            yield CapturedDirectory(
+                path=path,
+                mode=mode,
+                mtime_ns=mtime_ns,
+                device=cached.device,
+                inode=cached.inode,
+                listed_ns=_NEVER_RACY_NS,
+                is_complete=True,
+                rows=cached.rows,
+                sources=cached.sources,
+            )
+            pending += [
+                (os.path.join(path, name), mode, mtime_ns)
+                for name, mode, mtime_ns, _ in reversed(unpack_children(cached.children))
+            ]
+
+
+def _known_content(row: Row, source: Source) -> FileContent:
+    _, digest, packed = source
+    return FileContent.from_entry(row.size, digest, packed)
+
+
+@contextmanager
+def _named(path: bytes) -> Iterator[None]:
+    """Say which file it is of which the content is short."""
+    try:
+        yield
+    except EOFError as error:
+        shown = os.fsdecode(path)
+        raise CaptureFailed(
+            f"what was captured of {shown} is shorter than the file was: {error}", fields={"path": shown}
+        ) from error

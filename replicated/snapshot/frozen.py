@@ -1,0 +1,214 @@
+"""The captured contents of one snapshot, wherever they are: the spool, leased files, the user's files.
+
+Everything is read with `preadv` into the reader's buffers, never mapped: a mapping of a file that gets
+shorter, or of a disk that fails, ends the process. Called by `ingest`, in one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Final, TypeAlias
+
+from replicate.errors import CaptureFailed
+from replicated.snapshot.entries import HELD, PACKED, SPOOLED, Row, Source
+from replicated.writer import ReadInto
+
+#: Opens a held file by its number: a descriptor, the receiver's to close, and the slot of its flag, or
+#: None for a copy that nobody changes. Raises `CaptureFailed` when the file was lost.
+OpenHeld: TypeAlias = Callable[[int], "tuple[int, int | None]"]
+
+#: Small files in a row are read together; what lies between them may be so much.
+READ_AHEAD_BYTES: Final = 1 << 20
+_MAX_GAP_BYTES = 64 << 10
+
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
+# What the kernel says when bytes are gone for good, as opposed to a lack of memory or descriptors.
+_GONE = (errno.EIO, errno.ESTALE, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
+
+
+class FrozenFiles:
+    """Readers of the captured files of one snapshot; a context manager."""
+
+    def __init__(self, spool_directory: Path, open_held: OpenHeld, flags: Sequence[int] | mmap.mmap) -> None:
+        """`flags` has a byte a slot: once it is not 0, what was read through that slot is not believed."""
+        self._spool_directory = spool_directory
+        self._open_held = open_held
+        self._flags = flags
+        self._packed: dict[str, _PackedFile] = {}
+        self._current: _PackedFile | None = None
+        self._read_ahead = memoryview(mmap.mmap(-1, READ_AHEAD_BYTES))
+
+    def __enter__(self) -> FrozenFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for packed in self._packed.values():
+            packed.close()
+        self._packed.clear()
+
+    @contextmanager
+    def open(self, source: Source) -> Iterator[ReadInto]:
+        """Reads a frozen content; valid within the `with`.
+
+        Raises `CaptureFailed` when it is gone, now or while reading; `OSError` for other troubles.
+        """
+        with ExitStack() as stack:
+            if source[0] == PACKED:
+                _, offset, name = source
+                yield self._find_packed(name).reader_from(offset)
+            elif source[0] == SPOOLED:
+                descriptor = self._open_spooled(source[1])
+                stack.callback(os.close, descriptor)
+                yield lambda view, offset: _read(descriptor, view, offset)
+            elif source[0] == HELD:
+                held = _HeldFile(source[1], self._open_held, self._flags)
+                stack.callback(held.close)
+                yield held.read_into
+            else:
+                raise CaptureFailed(f"what was captured cannot be read: a content of kind {source[0]}")
+
+    def _find_packed(self, name: str) -> _PackedFile:
+        packed = self._packed.get(name)
+        if packed is None:
+            packed = self._packed[name] = _PackedFile(self._open_spooled(name), self._read_ahead)
+        if packed is not self._current:
+            # They share the buffer: nearly all contents are in one file, in their order.
+            if self._current is not None:
+                self._current.forget()
+            self._current = packed
+        return packed
+
+    def _open_spooled(self, name: str) -> int:
+        path = self._spool_directory / name
+        try:
+            return os.open(path, _OPEN_FLAGS)
+        except FileNotFoundError as error:
+            raise CaptureFailed(f"a file is gone from the spool: {path}") from error
+
+
+class _PackedFile:
+    """Many small contents in one spool file, read in big slices while they are asked for in order."""
+
+    def __init__(self, descriptor: int, buffer: memoryview) -> None:
+        self._descriptor = descriptor
+        self._buffer = buffer
+        #: What of the file is in the buffer.
+        self._start = self._end = 0
+        #: Where the next content begins if they come in order.
+        self._next = 0
+
+    def reader_from(self, base: int) -> ReadInto:
+        return lambda view, offset: self._read_into(view, base + offset)
+
+    def forget(self) -> None:
+        """The buffer is used for something else."""
+        self._start = self._end = 0
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        if not self._start <= offset < self._end:
+            is_in_order = 0 <= offset - self._next <= _MAX_GAP_BYTES
+            if not is_in_order or len(view) >= len(self._buffer):
+                done = _read(self._descriptor, view, offset)
+                self._next = offset + done
+                return done
+            self._start, self._end = offset, offset + _read(self._descriptor, self._buffer, offset)
+        done = min(len(view), self._end - offset)
+        view[:done] = self._buffer[offset - self._start : offset - self._start + done]
+        self._next = offset + done
+        return done
+
+
+class _HeldFile:
+    """A leased file, or once somebody wanted to write to it, the copy that was made before he could."""
+
+    def __init__(self, number: int, open_held: OpenHeld, flags: Sequence[int] | mmap.mmap) -> None:
+        self._number = number
+        self._open = open_held
+        self._flags = flags
+        self._descriptor, self._slot = open_held(number)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        while True:
+            done = _read(self._descriptor, view, offset)
+            # Looked at after the read: it is set before the lease is given up, and so before any change.
+            if self._slot is None or not self._flags[self._slot]:
+                return done
+            self.close()
+            self._descriptor, self._slot = self._open(self._number)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@contextmanager
+def open_unchanged(directory: bytes, path: bytes, row: Row) -> Iterator[ReadInto]:
+    """Reads a file of the user's below `directory` that is as it was captured, and at the end still is.
+
+    Symbolic links on the way are not followed. Raises `CaptureFailed` when it is not there as it was.
+    """
+    try:
+        descriptor = _open_below(directory, path)
+    except OSError as error:
+        raise _not_as_captured(path, f"it cannot be opened: {error.strerror}") from error
+    try:
+        _check_unchanged(descriptor, path, row)
+        yield lambda view, offset: _read(descriptor, view, offset)
+        _check_unchanged(descriptor, path, row)
+    finally:
+        os.close(descriptor)
+
+
+def _open_below(directory: bytes, path: bytes) -> int:
+    *parents, name = path.split(b"/")
+    at = os.open(directory, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    try:
+        for parent in parents:
+            below = os.open(parent, _DIRECTORY_FLAGS, dir_fd=at)
+            os.close(at)
+            at = below
+        return os.open(name, _OPEN_FLAGS, dir_fd=at)
+    finally:
+        os.close(at)
+
+
+def _check_unchanged(descriptor: int, path: bytes, row: Row) -> None:
+    info = os.fstat(descriptor)
+    found = (info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    if found != (row.mode, row.inode, row.size, row.mtime_ns, row.ctime_ns) or not stat.S_ISREG(row.mode):
+        raise _not_as_captured(path, "it has changed since")
+
+
+def _not_as_captured(path: bytes, reason: str) -> CaptureFailed:
+    shown = os.fsdecode(path)
+    return CaptureFailed(
+        f"the repository does not hold the content of {shown} any more, and the file cannot be read"
+        f" again: {reason}",
+        fields={"path": shown},
+    )
+
+
+def _read(descriptor: int, view: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(descriptor, [view], offset)
+    except OSError as error:
+        if error.errno in _GONE:
+            raise CaptureFailed(f"what was captured cannot be read any more: {error.strerror}") from error
+        raise

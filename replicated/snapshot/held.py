@@ -2,56 +2,49 @@
 
 Whoever opens such a file for writing waits in the kernel. The thread `leases` hears of it, a `rescue`
 thread copies the whole file into the spool, and only then is the lease given up and the writer goes on.
-The promise: what `open` gives is the file as it was when it was held, or an error says why it is lost;
-a writer never waits longer than for one copy; and the byte of a slot is set before the first writer can
-change what a reader of that slot reads. Called by `capture` (hold, share), by the side of the store
-process (open, release) and at recovery (adopt). Stores nothing itself.
+The invariant: what `open` gives is the file as it was when it was held, or an error says why it is lost;
+and the byte of a slot is set before a writer can change what a reader of that slot reads. Called by
+`capture` (hold, share), by the side of the store process (open, release) and at recovery (adopt); stores
+nothing itself.
 
-One lock guards all state. Nothing slow is done under it: whoever copies a file sets `is_busy` on it, and
-who has to do something else with that file waits for the end of it.
+One lock guards all state and nothing slow is done under it: who copies a file sets `is_busy` on it, and
+who would do something else with that file waits for the end of that.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import heapq
-import itertools
 import logging
-import mmap
 import os
 import resource
 import threading
 import time
-import uuid
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 from replicate.errors import CaptureFailed
-from replicated.processes import current_boot_id
 from replicated.snapshot import duplicate, file_systems, leases
 from replicated.snapshot.entries import held_name
-
-SLOT_COUNT: Final = 1 << 16
+from replicated.snapshot.held_copies import HeldCopies, Owner
+from replicated.snapshot.held_queues import Delayed, SmallestFirst
+from replicated.snapshot.leases import block_signals as block_signals
+from replicated.snapshot.slots import Slots
 
 #: The kernel tells of a break at once; this finds what it could not tell.
 _SCAN_INTERVAL_S: Final = 2.0
-#: Of the time that the kernel gives, the part that is not used: the clock begins before we know.
+#: The part of the kernel's time that is not used: it began before we knew.
 _MARGIN: Final = 0.1
-#: A file stored within this time is never reflinked: that would flush what was just written.
+#: A file that is stored within this time is not reflinked: that would flush what was just written.
 _REFLINK_AFTER_S: Final = 1.0
-_RESCUE_THREADS: Final = 4
 #: One rescue thread leaves files above this to the others, so that a small one never waits for big ones.
 _SMALL_BYTES: Final = 64 << 20
-_TEMPORARY_SUFFIX: Final = ".tmp"
 _LOST_HINT: Final = "`capture: copy` in the configuration copies every file before the call returns"
 
 _log = logging.getLogger(__name__)
 
-_Owner: TypeAlias = "tuple[str, int]"
 _Identity: TypeAlias = "tuple[int, int, int, int, int]"
 
 
@@ -74,24 +67,23 @@ class OpenedHeld(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """One leased file, of one or more snapshots. All but `info` is guarded by `HeldFiles._lock`."""
+    """One file that is held for snapshots; guarded by `HeldFiles._lock`, except what never changes."""
 
-    #: -1 once the lease is given up.
+    #: -1 once the lease is given up. Who is busy with the file may use it without the lock.
     descriptor: int
     info: os.stat_result
-    #: None: a copy from before a restart, or already free for the next.
+    #: None for a copy from before a restart, and once it is free again.
     slot: int | None
-    #: Clock of `time.monotonic`; the lease was whole then.
+    #: When the lease was taken, by `time.monotonic`.
     held_at: float
-    owners: set[_Owner]
-    #: Somebody copies it or makes its copies durable; changes of `owners` other than additions wait.
+    owners: set[Owner] = field(default_factory=set)
+    #: One thread copies the file, or makes its copies durable.
     is_busy: bool = False
-    #: Until when a copy can be relied on; None while no writer waits.
+    #: Until when what is read is believed; None while no writer waits.
     deadline: float | None = None
-    #: Each owner has a copy in its spool, under the name for the time being until that is durable.
+    #: Each owner has a complete copy.
     is_copied: bool = False
-    is_durable: bool = False
-    #: Why there will be no copy.
+    #: Why nobody will have one.
     lost: str = ""
 
 
@@ -108,9 +100,9 @@ class _Abandoned(Exception):
 class HeldFiles:
     """All files that are held for snapshots; every method may be called from any thread.
 
-    `spool_path` says where the spool directory of a snapshot is; it is made when there is something to put
-    into it. At most `descriptor_limit` files are held at a time, by default half of what the process may
-    open. The last two parameters are for tests.
+    `spool_path` says where the spool directory of a snapshot is; it is made when a copy goes there. At most
+    `descriptor_limit` files are held, by default half as many as the process may open. The kernel breaks a
+    lease after `break_time_s()`.
     """
 
     def __init__(
@@ -119,81 +111,69 @@ class HeldFiles:
         *,
         descriptor_limit: int | None = None,
         break_time_s: Callable[[], float] = leases.break_time_s,
-        reflink_after_s: float = _REFLINK_AFTER_S,
     ) -> None:
-        self._spool_path = spool_path
-        #: Of a complete copy that may not be on the disk yet: it is believed in this boot only.
-        self._fresh_suffix = f".{current_boot_id() or uuid.uuid4()}"
+        self._copies = HeldCopies(spool_path)
         self._break_time_s = break_time_s
-        self._reflink_after_s = reflink_after_s
         if descriptor_limit is None:
             descriptor_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-        self.flags_descriptor = os.memfd_create("replicate-held", os.MFD_CLOEXEC)
-        os.ftruncate(self.flags_descriptor, SLOT_COUNT)
-        self._flags = mmap.mmap(self.flags_descriptor, SLOT_COUNT)
+        self._slots = Slots(descriptor_limit)
         self._lock = threading.Lock()
         #: A file is not busy any more.
-        self._settled = threading.Condition(self._lock)
-        #: Something to rescue, or the end.
-        self._broke = threading.Condition(self._lock)
-        #: Something to reflink, or the end.
-        self._held_one = threading.Condition(self._lock)
+        self._not_busy = threading.Condition(self._lock)
         self._is_running = False
-        # Used again as late as possible, so that a reader that is being ended cannot take one for another.
-        self._free_slots = deque(range(min(descriptor_limit, SLOT_COUNT)))
         self._snapshots: dict[str, _Snapshot] = {}
         self._leased: dict[int, _Held] = {}
         self._leased_bytes = 0
         self._by_identity: dict[_Identity, _Held] = {}
-        #: When the last scan that looked at all leases began.
+        #: When the last look at all leases began.
         self._scanned_at = 0.0
-        self._rescues: list[tuple[int, int, _Held]] = []
-        self._order = itertools.count()
-        self._reflinks: deque[_Held] = deque()
-        #: Devices whose files share no blocks with the spool.
+        #: Files that writers wait for.
+        self._rescues: SmallestFirst[_Held] = SmallestFirst()
+        self._reflinks: Delayed[_Held] = Delayed(_REFLINK_AFTER_S)
+        #: Devices whose files cannot share blocks with the spool.
         self._unshared: set[int] = set()
+        #: A file of this size could not be copied in time once.
+        self._too_large = float("inf")
         self._waiter: leases.BreakWaiter | None = None
         self._watcher: threading.Thread | None = None
         self._workers: list[threading.Thread] = []
 
-    # ------------------------------------------------------------------ life
+    # ------------------------------------------------------------------- life
 
     def start(self) -> None:
         """Begin to answer writers; before this `hold` refuses everything."""
         ready = threading.Event()
         self._is_running = True
-        self._watcher = threading.Thread(target=self._watch, args=(ready,), name="leases", daemon=True)
-        self._watcher.start()
-        for number in range(_RESCUE_THREADS):
-            self._begin_worker(f"rescue-{number}", self._rescue, _SMALL_BYTES if number == 0 else None)
-        self._begin_worker("reflink", self._reflink)
+        self._watcher = _begin("leases", self._watch, ready)
+        self._workers = [_begin("rescue-0", self._rescue, _SMALL_BYTES), _begin("reflink", self._reflink)]
+        self._workers += [_begin(f"rescue-{number}", self._rescue, None) for number in range(1, 4)]
         ready.wait()
         if self._waiter is None:
-            raise RuntimeError("the thread that waits for broken leases could not begin")
+            raise RuntimeError("the thread that waits for broken leases has died")
 
     def stop(self) -> None:
-        """Finish what writers wait for, then give up all leases. Copies in the spool stay."""
+        """Finish the copies that writers wait for, then give up all leases; the copies stay."""
         with self._lock:
             self._is_running = False
-            self._broke.notify_all()
-            self._held_one.notify_all()
+        self._rescues.close()
+        self._reflinks.close()
         for worker in self._workers:
             worker.join()
         with self._lock:
             held_files = list(self._leased.values())
-            descriptors = [self._detach(held, "the daemon has stopped") for held in held_files]
+            self._wait_until_not_busy(held_files)
+            descriptors = [self._detach(held) for held in held_files if held.descriptor >= 0]
         for descriptor in descriptors:
-            _close_leased(descriptor)
+            leases.close(descriptor)
         if self._waiter is not None and self._watcher is not None:
             self._waiter.wake()
             self._watcher.join()
-        self._flags.close()
-        os.close(self.flags_descriptor)
+        self._slots.close()
 
-    def _begin_worker(self, name: str, target: Callable[..., None], *args: object) -> None:
-        worker = threading.Thread(target=target, args=args, name=name, daemon=True)
-        worker.start()
-        self._workers.append(worker)
+    @property
+    def flags_descriptor(self) -> int:
+        """The shared memory with the byte of each slot, to be handed to the store process; see `slots`."""
+        return self._slots.descriptor
 
     @property
     def count(self) -> int:
@@ -202,21 +182,21 @@ class HeldFiles:
 
     @property
     def size_bytes(self) -> int:
-        """What the files that are leased now hold."""
+        """How much the files that are leased now hold."""
         return self._leased_bytes
 
-    # --------------------------------------------------------------- holding
+    # ---------------------------------------------------------------- holding
 
     def hold(self, snapshot: str, descriptor: int) -> Holding | None:
-        """Hold a regular file, open for reading alone, for a snapshot, and own its descriptor from then on.
+        """Hold a regular file, open for reading only, for a snapshot, and own its descriptor from then on.
 
-        None when it is refused: somebody has it open for writing, it is of another user, the file system
+        None when it is refused: somebody has it open for writing, it is of another user, its file system
         cannot be relied on, or enough are held. The descriptor then stays the caller's.
         """
         return self._hold(snapshot, descriptor, None)
 
     def share(self, snapshot: str, info: os.stat_result) -> Holding | None:
-        """Hold for one more snapshot the file that had this stat, if it is held and has not changed since."""
+        """Hold the file that had this stat for one more snapshot, if it is leased and unchanged since."""
         with self._lock:
             held = self._by_identity.get(_identity(info))
             if held is None or not self._is_running or not leases.is_whole(held.descriptor):
@@ -226,16 +206,15 @@ class HeldFiles:
     def adopt(self, snapshot: str, number: int, descriptor: int | None) -> bool:
         """Hold again, under its number, what was held before a restart; False when that cannot be.
 
-        With a descriptor as `hold` does; the caller compares the stat with the recorded one *after* this.
-        None: the spool should have the copy; it has if it was complete, and durable or of this boot.
+        With a descriptor as `hold` does: compare its stat with the recorded one after this, and release it
+        if they differ. None: find the copy in the spool.
         """
         if descriptor is not None:
             return self._hold(snapshot, descriptor, number) is not None
-        path = self._existing_copy((snapshot, number))
+        path = self._copies.find((snapshot, number))
         if path is None:
             return False
-        held = _Held(-1, os.stat(path), None, 0.0, set(), is_copied=True)
-        held.is_durable = path.name == held_name(number)
+        held = _Held(-1, path.stat(), None, 0.0, is_copied=True)
         with self._lock:
             self._add_owner(held, snapshot, number)
         return True
@@ -245,29 +224,33 @@ class HeldFiles:
         if waiter is None or not file_systems.honours_leases(descriptor):
             return None
         with self._lock:
-            if not self._is_running or not self._free_slots:
-                return None
-            slot = self._free_slots.popleft()
-        if not leases.take(descriptor, waiter.thread):
-            with self._lock:
-                self._free_slots.append(slot)
+            slot = self._slots.take() if self._is_running else None
+        if slot is None:
             return None
-        held = _Held(descriptor, os.fstat(descriptor), slot, time.monotonic(), set())
+        info = None
+        if leases.take(descriptor, waiter.thread):
+            info = os.fstat(descriptor)
+            if info.st_size >= self._too_large:
+                leases.give_up(descriptor)
+                info = None
+        if info is None:
+            with self._lock:
+                self._slots.give_back(slot)
+            return None
+        held = _Held(descriptor, info, slot, time.monotonic())
         with self._lock:
-            self._flags[slot] = 0
             if not self._leased:
-                waiter.wake()  # it scans only while something is held
+                waiter.wake()  # it looks at the leases now and then only while there are some
             self._leased[descriptor] = held
-            self._leased_bytes += held.info.st_size
-            self._by_identity[_identity(held.info)] = held
-            given = self._add_owner(held, snapshot, number)
-            if held.info.st_dev not in self._unshared:
-                self._reflinks.append(held)
-                self._held_one.notify()
-            # A break before it was in the tables was told to nobody.
+            self._leased_bytes += info.st_size
+            self._by_identity[_identity(info)] = held
+            number = self._add_owner(held, snapshot, number)
+            if info.st_dev not in self._unshared:
+                self._reflinks.put(held)
+            # A break that came before this was in the tables was told to nobody.
             if not leases.is_whole(descriptor):
                 self._note_break(held)
-        return Holding(given, held.info)
+        return Holding(number, info)
 
     def _add_owner(self, held: _Held, snapshot: str, number: int | None) -> int:
         of_snapshot = self._snapshots.setdefault(snapshot, _Snapshot())
@@ -278,40 +261,41 @@ class HeldFiles:
         held.owners.add((snapshot, number))
         return number
 
-    # --------------------------------------------------------------- reading
+    # ---------------------------------------------------------------- reading
 
     def open(self, snapshot: str, number: int) -> OpenedHeld:
-        """Open a held file for reading; waits for a copy that is being made because of a writer.
+        """Open a held file for reading; waits while it is copied because of a writer.
 
-        Raises `CaptureFailed` when the file was lost, and OSError when it cannot be opened now.
+        Raises `CaptureFailed` when the file is lost, and OSError when it cannot be opened now.
         """
         with self._lock:
-            of_snapshot = self._snapshots.get(snapshot)
-            held = of_snapshot.holdings.get(number) if of_snapshot else None
+            held = self._snapshots.get(snapshot, _Snapshot()).holdings.get(number)
             if held is None:
                 raise CaptureFailed(f"the file is not held for this snapshot: {number}")
-            while not held.is_copied and not held.lost:
+            while not held.is_copied:
+                if held.lost:
+                    raise CaptureFailed(held.lost, hint=_LOST_HINT)
+                if held.descriptor < 0:
+                    raise OSError(errno.ESHUTDOWN, "the daemon is stopping")
                 if leases.is_whole(held.descriptor):
                     return OpenedHeld(fcntl.fcntl(held.descriptor, fcntl.F_DUPFD_CLOEXEC, 0), held.slot)
                 self._note_break(held)
-                self._settled.wait()
-            if held.lost:
-                raise CaptureFailed(held.lost, hint=_LOST_HINT)
-        path = self._existing_copy((snapshot, number))
+                self._not_busy.wait()
+        path = self._copies.find((snapshot, number))
         if path is None:
-            raise CaptureFailed(f"the copy of a file is gone from the spool: {held_name(number)}")
+            raise CaptureFailed(f"the copy of a file has vanished from the spool: {held_name(number)}")
         return OpenedHeld(os.open(path, os.O_RDONLY | os.O_CLOEXEC), None)
 
     def lost(self, snapshot: str) -> str:
-        """Why a file of the snapshot was lost; empty while none was."""
+        """Why a file of the snapshot is lost; empty when none is."""
         with self._lock:
-            of_snapshot = self._snapshots.get(snapshot, _Snapshot())
-            return next((held.lost for held in of_snapshot.holdings.values() if held.lost), "")
+            holdings = self._snapshots.get(snapshot, _Snapshot()).holdings
+            return next((held.lost for held in holdings.values() if held.lost), "")
 
     def release(self, snapshot: str, number: int | None = None) -> None:
-        """A file, or all files, of the snapshot are stored or not wanted; harmless when they are not held.
+        """A file, or every file, of the snapshot is stored or not wanted; harmless when it is not held.
 
-        When it returns, nothing is being written to the spool of the snapshot for them.
+        When this returns, nothing more is written for it to the spool of the snapshot.
         """
         with self._lock:
             of_snapshot = self._snapshots.get(snapshot)
@@ -325,22 +309,21 @@ class HeldFiles:
                     released.append(held)
             if number is None:
                 del self._snapshots[snapshot]
-            for held in released:
-                while held.is_busy:
-                    self._settled.wait()
+            self._wait_until_not_busy(released)
             descriptors = []
             for held in released:
-                if not held.owners:
-                    descriptors.append(self._detach(held))
-                    if held.slot is not None:
-                        self._free_slots.append(held.slot)
-                        held.slot = None
+                if not held.owners and held.slot is not None:
+                    if held.descriptor >= 0:
+                        descriptors.append(self._detach(held))
+                    self._slots.give_back(held.slot)
+                    held.slot = None
         for descriptor in descriptors:
-            _close_leased(descriptor)
+            leases.close(descriptor)
 
-    # -------------------------------------------------------------- breaking
+    # --------------------------------------------------------------- breaking
 
     def _watch(self, ready: threading.Event) -> None:
+        """Hear of writers that wait, until the end."""
         try:
             waiter = self._waiter = leases.BreakWaiter()
         finally:
@@ -360,285 +343,225 @@ class HeldFiles:
         waiter.close()
 
     def _scan(self) -> None:
-        """Look at all leases, most of the time without the lock: it takes milliseconds for thousands."""
+        """Look at all leases, mostly without the lock: thousands of them take milliseconds."""
         began = time.monotonic()
         suspects = [pair for pair in list(self._leased.items()) if not leases.is_whole(pair[0])]
         with self._lock:
             for descriptor, held in suspects:
-                if held.descriptor == descriptor:
+                # It may have been closed, and the number be in use for another file.
+                if held.descriptor == descriptor and not leases.is_whole(descriptor):
                     self._note_break(held)
             self._scanned_at = began
 
     def _note_break(self, held: _Held) -> None:
-        """A writer waits for this file: have it copied. Called with the lock."""
+        """A writer waits for this file: have it copied. With the lock."""
         if held.deadline is not None:
             return
-        # Not from now: a process that did not run for a minute would take an old break for a new one.
+        # Not from now: after a minute in which the process did not run, an old break looks like a new one.
         whole_at = max(held.held_at, self._scanned_at)
         held.deadline = whole_at + self._break_time_s() * (1 - _MARGIN)
         if not held.is_busy:
-            self._queue_rescue(held)
-
-    def _queue_rescue(self, held: _Held) -> None:
-        heapq.heappush(self._rescues, (held.info.st_size, next(self._order), held))
-        # All of them: the one that wakes may be the one that leaves it to the others.
-        self._broke.notify_all()
+            self._rescues.put(held.info.st_size, held)
 
     def _rescue(self, max_bytes: int | None) -> None:
-        """Copy files that writers wait for until the end."""
-        while (held := self._next_rescue(max_bytes)) is not None:
+        """Copy files that writers wait for, until the end."""
+        while (held := self._rescues.take(max_bytes)) is not None:
+            if not self._claim(held, wait=False):
+                continue  # who is busy with it puts it back, if it is still to be copied then
+            began = time.monotonic()
             try:
                 self._copy(held)
             except _Abandoned:
                 self._leave(held)
-            except OSError as error:
-                self._end(held, lost=_loss(held, error))
             except Exception as error:
-                _log.exception("a held file could not be copied")
-                self._end(held, lost=_loss(held, error))
+                if not isinstance(error, OSError):
+                    _log.exception("a held file could not be copied")
+                if isinstance(error, TimeoutError) and time.monotonic() - began > self._break_time_s() / 2:
+                    self._too_large = min(self._too_large, held.info.st_size)
+                self._lose(held, error)
 
-    def _next_rescue(self, max_bytes: int | None) -> _Held | None:
-        """The smallest file that a writer waits for, claimed; None at the end."""
+    def _lose(self, held: _Held, error: Exception) -> None:
+        """There will be no copy: say why, and let the writers go on."""
+        try:
+            path = os.readlink(f"/proc/self/fd/{held.descriptor}")
+        except OSError:
+            path = f"inode {held.info.st_ino}"
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        why = f"a file was opened for writing before it was stored, and could not be copied: {path}: {reason}"
         with self._lock:
-            while True:
-                if self._rescues and (max_bytes is None or self._rescues[0][0] <= max_bytes):
-                    held = heapq.heappop(self._rescues)[2]
-                    # Whoever is busy with it queues it again, if it is still to be copied then.
-                    if not held.is_busy and held.descriptor >= 0:
-                        held.is_busy = True
-                        return held
-                elif self._is_running:
-                    self._broke.wait()
-                else:
-                    return None
+            held.lost = why
+            descriptor = self._detach(held)
+        leases.close(descriptor)
 
-    # --------------------------------------------------------------- copying
+    # ---------------------------------------------------------------- copying
 
     def secure(self, snapshot: str) -> None:
         """Have all files of a snapshot in its spool, so that they survive the end of daemon and machine.
 
-        Raises OSError when that cannot be; what was not copied then is held as before. Lost files are
-        passed over: see `lost`.
+        Raises OSError when that cannot be; what was not copied is then held as before. Lost files are passed
+        over: see `lost`.
         """
         with self._lock:
-            of_snapshot = self._snapshots.get(snapshot, _Snapshot())
-            held_files = list(of_snapshot.holdings.values())
-        for held in held_files:
-            with self._lock:
-                while held.is_busy:
-                    self._settled.wait()
-                is_leased = held.descriptor >= 0
-                held.is_busy = is_leased
-            if is_leased:
+            holdings = dict(self._snapshots.get(snapshot, _Snapshot()).holdings)
+        for number, held in holdings.items():
+            if self._claim(held, wait=True):
                 try:
                     self._copy(held)
                 except _Abandoned:
                     self._leave(held)
-                    continue
                 except BaseException:
                     self._leave(held)
                     raise
-            self._make_durable(held)
+            self._make_durable(held, (snapshot, number))
+
+    def _claim(self, held: _Held, *, wait: bool) -> bool:
+        """Be the one that is busy with a file, if it is leased and nobody is, or to be waited for."""
+        with self._lock:
+            if wait:
+                self._wait_until_not_busy([held])
+            if held.is_busy or held.descriptor < 0:
+                return False
+            held.is_busy = True
+            return True
 
     def _reflink(self) -> None:
-        """Replace leases by reflinks a while after the capture, where the spool can have them."""
-        while (held := self._next_reflink()) is not None:
+        """Replace leases by reflinks a while after the capture, where that can be, until the end."""
+        while (held := self._reflinks.take()) is not None:
+            if held.info.st_dev in self._unshared or not self._claim(held, wait=False):
+                continue
             try:
-                if not self._copy(held, by_reflink_only=True):
+                if self._copy(held, by_reflink_only=True):
+                    continue
+                with self._lock:
                     self._unshared.add(held.info.st_dev)
-                    self._leave(held)
             except (OSError, _Abandoned):
-                self._leave(held)  # held as before
-
-    def _next_reflink(self) -> _Held | None:
-        """The next file that has been leased for long enough, claimed; None at the end."""
-        with self._lock:
-            while self._is_running:
-                if not self._reflinks:
-                    self._held_one.wait()
-                    continue
-                held = self._reflinks[0]
-                wait_s = held.held_at + self._reflink_after_s - time.monotonic()
-                if wait_s > 0:
-                    self._held_one.wait(wait_s)
-                    continue
-                self._reflinks.popleft()
-                if held.is_busy or held.descriptor < 0 or held.info.st_dev in self._unshared:
-                    continue
-                held.is_busy = True
-                return held
-            return None
+                pass  # held as before
+            self._leave(held)
 
     def _copy(self, held: _Held, *, by_reflink_only: bool = False) -> bool:
-        """Give each owner a copy, then give up the lease; False when it has to be a reflink and cannot.
+        """Give each owner a copy, then give up the lease; False when only a reflink will do and cannot be.
 
-        The file is the caller's (`is_busy`); unless this returns True, it stays so, and leased.
+        The caller is busy with the file, and still is unless this returns True.
         """
         with self._lock:
             owner = min(held.owners, default=None)
         if owner is None:
             raise _Abandoned
-        temporary = self._copy_path(owner, _TEMPORARY_SUFFIX)
-        temporary.parent.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        if by_reflink_only and not self._may_reflink(held, owner):
+            return False
+        temporary, descriptor = self._copies.begin(owner)
         try:
             try:
-                if not self._duplicate(held, descriptor, by_reflink_only):
-                    os.unlink(temporary)
-                    return False
+                is_whole = self._duplicate(held, descriptor, by_reflink_only)
             finally:
                 os.close(descriptor)
-            self._publish(held, temporary)
-        except BaseException:
+            if is_whole:
+                self._publish(held, temporary)
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
-        return True
+        return is_whole
+
+    def _may_reflink(self, held: _Held, owner: Owner) -> bool:
+        parent = self._copies.open_parent(owner)
+        try:
+            return file_systems.may_share_blocks(held.descriptor, parent)
+        finally:
+            os.close(parent)
 
     def _duplicate(self, held: _Held, destination: int, by_reflink_only: bool) -> bool:
+        """Duplicate the file as it was when it was held; False when only a reflink will do and cannot be."""
         source = held.descriptor
         before = os.fstat(source)
-        is_reflink = file_systems.may_share_blocks(source, destination) and duplicate.reflink(
-            source, destination
-        )
-        if not is_reflink:
+        if not (
+            file_systems.may_share_blocks(source, destination) and duplicate.reflink(source, destination)
+        ):
             if by_reflink_only:
                 return False
             duplicate.copy(source, destination, held.info.st_size, lambda: self._check(held))
         self._check(held)
         after = os.fstat(source)
-        # The lease has kept it from changing; this is the second lock on that door. The ctime may differ:
-        # the file may have been renamed or removed, or have got other permissions.
+        # The lease kept it from changing; this is a second lock on that door. Not the ctime: the file may
+        # have been renamed, removed, or given other permissions.
         if after.st_size != held.info.st_size or after.st_mtime_ns != before.st_mtime_ns:
             raise OSError(errno.EBUSY, "it changed while it was copied")
         return True
 
     def _check(self, held: _Held) -> None:
-        """Raise unless the copy is still wanted, and what was read so far is what was held."""
-        if not held.owners:
-            raise _Abandoned
+        """Raise unless the copy is wanted still, and what was read up to now is the file as it was held."""
         with self._lock:
+            if not held.owners:
+                raise _Abandoned
             if not leases.is_whole(held.descriptor):
                 self._note_break(held)
-        if held.deadline is not None and time.monotonic() > held.deadline:
-            raise OSError(errno.ETIMEDOUT, "the time that the kernel gives was over")
+            if held.deadline is not None and time.monotonic() > held.deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "it took longer than the kernel lets a writer wait")
 
-    def _publish(self, held: _Held, temporary: Path) -> None:
-        """Give each owner its link to a complete copy, then let the writers go on."""
-        complete: Path | None = None
-        linked: set[_Owner] = set()
+    def _publish(self, held: _Held, path: Path) -> None:
+        """Give each owner the complete copy at this path, then let the writers go on."""
+        served: set[Owner] = set()
         while True:
             with self._lock:
                 if not held.owners:
                     raise _Abandoned
-                missing = held.owners - linked
-                if not missing:
+                waiting = held.owners - served
+                if not waiting:
                     held.is_copied = True
                     descriptor = self._detach(held)
                     break
-            for owner in missing:
-                path = self._copy_path(owner, self._fresh_suffix)
-                if complete is None:
-                    temporary.rename(path)
-                    complete = path
-                else:
-                    path.parent.mkdir(mode=0o700, exist_ok=True)
-                    path.unlink(missing_ok=True)
-                    path.hardlink_to(complete)
-                linked.add(owner)
-        _close_leased(descriptor)
+            for owner in waiting:
+                path = self._copies.give(path, owner, is_temporary=not served)
+                served.add(owner)
+        leases.close(descriptor)
 
-    def _make_durable(self, held: _Held) -> None:
-        """Flush a complete copy and give it the name that is believed after a restart of the machine."""
+    def _make_durable(self, held: _Held, owner: Owner) -> None:
         with self._lock:
-            while held.is_busy:
-                self._settled.wait()
-            if not held.is_copied or held.is_durable:
+            self._wait_until_not_busy([held])
+            if not held.is_copied or owner not in held.owners:
                 return
             held.is_busy = True
-            owners = list(held.owners)
         try:
-            for owner in owners:
-                fresh = self._copy_path(owner, self._fresh_suffix)
-                _fsync(fresh)
-                fresh.rename(self._copy_path(owner))
-                _fsync(fresh.parent)
-            held.is_durable = True
+            if not self._copies.is_durable(owner):
+                self._copies.make_durable(owner)
         finally:
             self._leave(held)
-
-    def _copy_path(self, owner: _Owner, suffix: str = "") -> Path:
-        snapshot, number = owner
-        return self._spool_path(snapshot) / (held_name(number) + suffix)
-
-    def _existing_copy(self, owner: _Owner) -> Path | None:
-        """The complete copy of a file; in this order, because the one is renamed to the other."""
-        for suffix in (self._fresh_suffix, ""):
-            path = self._copy_path(owner, suffix)
-            if path.exists():
-                return path
-        return None
-
-    # ---------------------------------------------------------------- ending
-
-    def _end(self, held: _Held, lost: str = "") -> None:
-        """Give up a lease; all that `held` says about the file has to be true already."""
-        with self._lock:
-            descriptor = self._detach(held, lost)
-        _close_leased(descriptor)
-
-    def _detach(self, held: _Held, lost: str = "") -> int:
-        """Take a file out of the tables of the leased; the caller closes what this returns. With the lock.
-
-        The flag is set here, and the writers go on when that descriptor is closed: in this order, a reader
-        of the slot cannot take what they write for the content.
-        """
-        descriptor, held.descriptor = held.descriptor, -1
-        if descriptor >= 0:
-            assert held.slot is not None
-            self._flags[held.slot] = 1
-            held.lost = lost
-            del self._leased[descriptor]
-            self._leased_bytes -= held.info.st_size
-            if self._by_identity.get(_identity(held.info)) is held:
-                del self._by_identity[_identity(held.info)]
-        held.is_busy = False
-        self._settled.notify_all()
-        return descriptor
 
     def _leave(self, held: _Held) -> None:
         """Be busy with it no more."""
         with self._lock:
             held.is_busy = False
-            self._settled.notify_all()
+            self._not_busy.notify_all()
             if held.deadline is not None and held.descriptor >= 0 and held.owners:
-                self._queue_rescue(held)
+                self._rescues.put(held.info.st_size, held)
+
+    def _wait_until_not_busy(self, held_files: Iterable[_Held]) -> None:
+        """With the lock, which others can have meanwhile."""
+        for held in held_files:
+            while held.is_busy:
+                self._not_busy.wait()
+
+    def _detach(self, held: _Held) -> int:
+        """Take a leased file out of the tables; with the lock. The caller closes what this returns.
+
+        That lets the writers go on, so the flag is set here, before. Not closed here: of a removed file, it
+        frees the blocks, which takes time.
+        """
+        assert held.slot is not None
+        self._slots.flag(held.slot)
+        descriptor, held.descriptor = held.descriptor, -1
+        del self._leased[descriptor]
+        self._leased_bytes -= held.info.st_size
+        if self._by_identity.get(_identity(held.info)) is held:
+            del self._by_identity[_identity(held.info)]
+        held.is_busy = False
+        self._not_busy.notify_all()
+        return descriptor
 
 
 def _identity(info: os.stat_result) -> _Identity:
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
-def _loss(held: _Held, error: Exception) -> str:
-    """What to tell the user about a file that could not be copied; before its descriptor is closed."""
-    try:
-        path = os.readlink(f"/proc/self/fd/{held.descriptor}")
-    except OSError:
-        path = f"inode {held.info.st_ino}"
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"a file was opened for writing before it was stored, and could not be copied: {path}: {reason}"
-
-
-def _close_leased(descriptor: int) -> None:
-    """Let the writers go on; not under a lock, as closing a removed file frees its blocks."""
-    if descriptor >= 0:
-        # By name: a duplicate that the store process has not closed yet would keep the lease.
-        leases.give_up(descriptor)
-        os.close(descriptor)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _begin(name: str, target: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -125,6 +125,12 @@ def give_up(descriptor: int) -> None:
         pass  # broken by force before
 
 
+def close(descriptor: int) -> None:
+    """Give up the lease of a descriptor and close it."""
+    give_up(descriptor)
+    os.close(descriptor)
+
+
 def break_time_s() -> float:
     """How long the kernel makes a writer wait before it breaks a lease by force; it may be for ever."""
     try:

@@ -1,0 +1,93 @@
+"""What happens to files the instant `checkpoint` returns never shows: every writer, every rung."""
+
+import re
+from random import Random
+
+import pytest
+from rig import writers
+from rig.file_systems import CAN_REFLINK, NAMES
+from rig.sites import IS_LONG, SEED, rounds
+
+import replicate
+
+RUNGS = ("", "lease", "memory", "copy", "reflink")
+#: For what depends less on the file system.
+TELLING = NAMES if IS_LONG else ("ext4", "btrfs")
+LARGE = (0, 1, 4096, 1 << 20, (1 << 20) + 1, 5_000_000, 40_000_000)
+
+long_only = pytest.mark.skipif(not IS_LONG, reason="long: set TORTURE_ROUNDS")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_attacked_are_saved_as_they_were(make_site, name):
+    site = make_site(name)
+    site.train(rounds=rounds(15), rungs=RUNGS)
+    expected = {"stored"} if name in CAN_REFLINK else {"stored", "failed"}
+    assert set(site.judge().values()) == expected
+
+
+def test_files_that_are_attacked_are_saved_as_they_were_without_privileges(site):
+    site.train(rounds=rounds(10), rungs=("", "memory", "copy"))
+    assert set(site.judge().values()) == {"stored"}
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_files_that_are_attacked_are_saved_as_they_were_with_capture_copy(make_site, name):
+    site = make_site(name)
+    (site.project / "replicate.yaml").write_text("capture: copy\n")
+    site.train(rounds=rounds(5))
+    assert set(site.judge().values()) == {"stored"}
+
+
+@long_only
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_large_files_that_are_attacked_are_saved_as_they_were_on_each_rung(make_site, name, rung):
+    site = make_site(name)
+    site.train(rounds=rounds(1), rungs=(rung,), sizes=LARGE)
+    assert set(site.judge().values()) == {"failed" if rung in site.impossible else "stored"}
+
+
+@long_only
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_saved_as_they_were_with_a_spool_on_another_file_system(make_site, tmp_path, name):
+    site = make_site(name, home=tmp_path / "home")
+    site.train(rounds=rounds(1), sizes=LARGE)
+    assert set(site.judge().values()) == {"stored"}
+
+
+@pytest.mark.parametrize(
+    "writer", [writers.rewrite_keeping_times, writers.recreate_keeping_times, writers.replace_keeping_times]
+)
+@pytest.mark.parametrize("size", [3, 3_000_000])
+def test_what_changes_between_two_calls_without_a_pause_is_saved_each_time(site, writer, size):
+    """Same name, same size, same time of change, and often the same inode."""
+    random = Random(SEED)
+    file = site.project / "model"
+    file.write_bytes(bytes(size))
+    with site.recording() as experiment:
+        contents = []
+        for _ in range(rounds(20)):
+            writer(file, random)
+            contents.append(file.read_bytes())
+            experiment.checkpoint("model", quiet=True)
+        replicate.flush(timeout=120)
+        saved = [one.open("model").read() for one in experiment.checkpoints]
+    assert [found == content for found, content in zip(saved, contents, strict=True)] == [True] * len(
+        contents
+    )
+
+
+def test_the_judge_notices_whatever_differs(site):
+    site.train(rounds=2)
+    truth = site.chronicle.path.read_text()
+    for lie in (
+        re.sub(r'"[0-9a-f]{32}"', f'"{"0" * 32}"', truth, count=1),
+        truth.replace('"kept/log.txt": ["file", 420', '"kept/log.txt": ["file", 416', 1),
+        truth.replace('"kept/log.txt":', '"kept/another":', 1),
+        truth.replace('"step": 1', '"step": 7'),
+    ):
+        assert lie != truth
+        site.chronicle.path.write_text(lie)
+        with pytest.raises(AssertionError, match=r"^step"):
+            site.judge()

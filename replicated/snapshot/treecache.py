@@ -24,7 +24,7 @@ import msgpack
 from blake3 import blake3
 
 from replicated.format.manifest import RootNode
-from replicated.snapshot.entries import Row, pack_root, pack_rows, unpack_root
+from replicated.snapshot.entries import PlainRow, pack_root, pack_rows, unpack_root
 from replicated.sqlite import DatabaseUnusable, open_database
 
 #: "RPLT".
@@ -46,7 +46,7 @@ CREATE TABLE directories (
     used INTEGER NOT NULL,
     -- CRC-32 of path and all columns that follow.
     checksum INTEGER NOT NULL,
-    -- MessagePack: device, inode, node, totals, generation; of any size, unlike SQLite's integers.
+    -- MessagePack: device, inode, node, totals, generation, tree; of any size, unlike SQLite's integers.
     facts BLOB NOT NULL,
     -- These three as in CachedDirectory.
     rows BLOB NOT NULL,
@@ -73,7 +73,7 @@ _BUSY_TIMEOUT_MS = 1000
 #: So that a capture of many directories does not try to open it for each of them.
 _RETRY_S = 5.0
 _DAY_NS = 86_400 * 10**9
-_MAX_STALE = 1 << 16
+_MAX_STALE = 1 << 14
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +97,9 @@ class CachedDirectory(NamedTuple):
     totals: tuple[int, int, int, int]
     #: `Index.generation` at that time.
     generation: int
+    #: Key of the tree that it was stored with: under other rules it may be listed differently. Set by
+    #: `store`; empty when it was stored without a tree.
+    tree: bytes = b""
 
 
 class CachedTree(NamedTuple):
@@ -129,10 +132,11 @@ class TreeCache:
         self._clock = clock
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
-        #: Name, device and inode of the open file: somebody may delete it, or make another one.
-        self._identity: tuple[Path, int, int] | None = None
+        #: Of the open file: somebody may delete it, or make another one.
+        self._number = 0
+        self._identity: tuple[int, int] | None = None
         self._is_closed = False
-        #: On the monotonic clock: when a file that could not be opened is tried again.
+        #: On the monotonic clock: when a file that could not be opened or read is tried again.
         self._retry_at = 0.0
         #: Paths that were loaded and whose day is to be written.
         self._stale: set[bytes] = set()
@@ -161,10 +165,12 @@ class TreeCache:
         only if all are.
         """
         today = self._today()
+        key = tree[0] if tree is not None else b""
         with self._lock:
             self._reopen()
         for batch in _batches(directories):
-            if not self._write(partial(_insert, batch=batch, today=today)):
+            columns = (_columns(path, directory._replace(tree=key), today) for path, directory in batch)
+            if not self._write(partial(_insert, directories=columns)):
                 return
         self._write(lambda connection: self._insert_last(connection, tree, today))
 
@@ -193,8 +199,8 @@ class TreeCache:
             raise sqlite3.DatabaseError(f"the row of a directory is damaged: {os.fsdecode(path)}")
         if not 0 <= self._today() - used < _STAMP_DAYS and len(self._stale) < _MAX_STALE:
             self._stale.add(path)
-        device, inode, node, totals, generation = _unpack(facts)
-        return CachedDirectory(device, inode, rows, sources, children, node, totals, generation)
+        device, inode, *others = _unpack(facts)
+        return CachedDirectory(device, inode, rows, sources, children, *others)
 
     def _insert_last(
         self, connection: sqlite3.Connection, tree: tuple[bytes, CachedTree] | None, today: int
@@ -235,47 +241,35 @@ class TreeCache:
             return action(self._connection)
         except (sqlite3.Error, OverflowError) as error:
             # Subclasses say that something else is wrong (locked, disk full): the file is good.
-            if type(error) is not sqlite3.DatabaseError:
-                _log.warning("cannot %s the tree cache in %s: %s", verb, self._directory, error)
+            if type(error) is sqlite3.DatabaseError:
+                _log.warning("the tree cache in %s is damaged and made anew: %s", self._directory, error)
+                self._connect(self._number + 1)
                 return None
-            _log.warning("the tree cache in %s is damaged and made anew: %s", self._directory, error)
-            self._connect(is_damaged=True)
+            _log.warning("cannot %s the tree cache in %s: %s", verb, self._directory, error)
+            if verb == "read":
+                # The next directory would have to wait just as long.
+                self._disconnect()
+                self._retry_at = time.monotonic() + _RETRY_S
             return None
 
     def _reopen(self) -> None:
         """Open the file unless it is open and still the one that others would open."""
         if self._is_closed or time.monotonic() < self._retry_at:
             return
-        if self._identity is not None:
-            path, device, inode = self._identity
-            try:
-                found = os.stat(path)
-            except OSError:
-                pass
-            else:
-                if (found.st_dev, found.st_ino) == (device, inode):
-                    return
-        self._connect()
+        if self._identity is None or self._identity != _identity(self._path(self._number)):
+            self._connect(0)
 
-    def _connect(self, *, is_damaged: bool = False) -> None:
+    def _connect(self, number: int) -> None:
+        """Open the newest database, but none older than `number`."""
         self._disconnect()
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            newest = max(self._numbers(), default=0)
-            connection, path = self._open(newest + is_damaged)
+            self._connection = self._open(max(number, *self._numbers(), 0))
+            self._connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             _log.warning("cannot open the tree cache in %s: %s", self._directory, error)
-            self._retry_at = time.monotonic() + _RETRY_S
-            return
-        self._connection = connection
-        try:
-            connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-            info = os.stat(path)
-        except (OSError, sqlite3.Error):
-            # Removed in this moment by somebody who found it damaged: next time the new one is opened.
             self._disconnect()
-            return
-        self._identity = (path, info.st_dev, info.st_ino)
+            self._retry_at = time.monotonic() + _RETRY_S
 
     def _disconnect(self) -> None:
         self._identity = None
@@ -283,17 +277,16 @@ class TreeCache:
             self._connection.close()
             self._connection = None
 
-    def _open(self, number: int) -> tuple[sqlite3.Connection, Path]:
+    def _open(self, number: int) -> sqlite3.Connection:
         """Open the first database from `number` on that can be used; older ones are removed.
 
         A name is never used twice: a process that still has an old file open would remove the
         write-ahead log of its successor when it closes.
         """
         while True:
-            path = self._path(number)
             try:
                 connection = open_database(
-                    path,
+                    self._path(number),
                     application_id=APPLICATION_ID,
                     user_version=SCHEMA_VERSION,
                     schema=_SCHEMA,
@@ -305,11 +298,12 @@ class TreeCache:
                     raise
                 number += 1
                 continue
+            self._number, self._identity = number, _identity(self._path(number))
             for older in self._numbers():
                 if older < number:
                     for suffix in ("", "-wal", "-shm"):
                         Path(f"{self._path(older)}{suffix}").unlink(missing_ok=True)
-            return connection, path
+            return connection
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{self._prefix}{number}.db"
@@ -321,7 +315,15 @@ class TreeCache:
                 yield int(number)
 
 
-def smudge(rows: Sequence[Row], listed_ns: int) -> bytes:
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def smudge(rows: Sequence[PlainRow], listed_ns: int) -> bytes:
     """Rows for the cache: those of files that may have changed since `listed_ns` equal no listing.
 
     A change so soon after the last one that both have the same time cannot be seen in the times.
@@ -341,19 +343,20 @@ def _load_tree(connection: sqlite3.Connection, key: bytes) -> CachedTree | None:
     return CachedTree(snapshot, unpack_root(root), generation)
 
 
-def _insert(
-    connection: sqlite3.Connection, batch: Sequence[tuple[bytes, CachedDirectory]], today: int
-) -> bool:
+def _insert(connection: sqlite3.Connection, directories: Iterable[tuple[Any, ...]]) -> bool:
+    # An update of the row that is there leaves it in its place, among those of its tree.
     connection.executemany(
-        "INSERT OR REPLACE INTO directories VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (_directory_columns(path, directory, today) for path, directory in batch),
+        "INSERT INTO directories VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET"
+        " used = excluded.used, checksum = excluded.checksum, facts = excluded.facts,"
+        " rows = excluded.rows, sources = excluded.sources, children = excluded.children",
+        directories,
     )
     return True
 
 
-def _directory_columns(path: bytes, directory: CachedDirectory, today: int) -> tuple[Any, ...]:
-    device, inode, rows, sources, children, node, totals, generation = directory
-    blobs = (_pack((device, inode, node, totals, generation)), rows, sources, children)
+def _columns(path: bytes, directory: CachedDirectory, today: int) -> tuple[Any, ...]:
+    device, inode, rows, sources, children, *others = directory
+    blobs = (_pack((device, inode, *others)), rows, sources, children)
     return (path, today, _checksum(path, *blobs), *blobs)
 
 

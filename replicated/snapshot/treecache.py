@@ -46,7 +46,7 @@ CREATE TABLE directories (
     used INTEGER NOT NULL,
     -- CRC-32 of path and all columns that follow.
     checksum INTEGER NOT NULL,
-    -- MessagePack: device, inode, node, totals, generation, tree; of any size, unlike SQLite's integers.
+    -- MessagePack: device, inode, node, totals, generation; of any size, unlike SQLite's integers.
     facts BLOB NOT NULL,
     -- These three as in CachedDirectory.
     rows BLOB NOT NULL,
@@ -97,9 +97,6 @@ class CachedDirectory(NamedTuple):
     totals: tuple[int, int, int, int]
     #: `Index.generation` at that time.
     generation: int
-    #: Key of the tree that it was stored with: under other rules it may be listed differently. Set by
-    #: `store`; empty when it was stored without a tree.
-    tree: bytes = b""
 
 
 class CachedTree(NamedTuple):
@@ -161,15 +158,13 @@ class TreeCache:
     ) -> None:
         """Keep these directories by their absolute paths and, once they are all kept, this tree by its key.
 
-        In several transactions if they are many. After trouble none, some or all are kept, but the tree
-        only if all are.
+        In several transactions if they are many; others may see, and trouble may leave, some of them.
         """
         today = self._today()
-        key = tree[0] if tree is not None else b""
         with self._lock:
             self._reopen()
         for batch in _batches(directories):
-            columns = (_columns(path, directory._replace(tree=key), today) for path, directory in batch)
+            columns = (_columns(path, directory, today) for path, directory in batch)
             if not self._write(partial(_insert, directories=columns)):
                 return
         self._write(lambda connection: self._insert_last(connection, tree, today))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from replicate.errors import ConfigError
 from replicate.phrases import escape, is_text
+from replicate.sizes import parse_rate, parse_size
 
 if TYPE_CHECKING:
     import yaml
@@ -25,7 +26,7 @@ CaptureMode = Literal["auto", "copy"]
 RepositoryOrigin = Literal["argument", "environment", "config", "default"]
 
 CONFIG_NAMES = ("replicate.yaml", "replicate.yml")
-CONFIG_KEYS = ("repository", "capture", "ignore")
+CONFIG_KEYS = ("repository", "capture", "ignore", "queue_limit", "spool_limit", "upload_limit")
 CAPTURE_MODES: tuple[CaptureMode, ...] = ("auto", "copy")
 DEFAULT_REPOSITORY = "file://.replicate"
 _SCHEMES = ("file://", "s3://", "gs://")
@@ -45,6 +46,11 @@ class ProjectConfig:
     repository_origin: RepositoryOrigin
     capture: CaptureMode = "auto"
     ignore: tuple[str, ...] = ()
+    #: How many bytes may wait to be stored, and of them in the spool, before calls wait; 0: the default.
+    queue_limit: int = 0
+    spool_limit: int = 0
+    #: How many bytes a second may be sent to the repository; 0: no limit.
+    upload_limit: int = 0
     #: The file that was read, if there is one.
     file: Path | None = None
 
@@ -87,6 +93,9 @@ def find_project(
         repository_origin=origin,
         capture=settings.capture,
         ignore=settings.ignore,
+        queue_limit=settings.queue_limit,
+        spool_limit=settings.spool_limit,
+        upload_limit=settings.upload_limit,
         file=file,
     )
 
@@ -155,6 +164,9 @@ class _Settings:
     repository: str | None = None
     capture: CaptureMode = "auto"
     ignore: tuple[str, ...] = ()
+    queue_limit: int = 0
+    spool_limit: int = 0
+    upload_limit: int = 0
 
 
 def _config_in(directory: Path) -> Path | None:
@@ -227,6 +239,9 @@ def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
         repository=_repository(file, found),
         capture=_capture(file, found),
         ignore=_ignore(file, found),
+        queue_limit=_quantity(file, found, "queue_limit", parse_size),
+        spool_limit=_quantity(file, found, "spool_limit", parse_size),
+        upload_limit=_quantity(file, found, "upload_limit", parse_rate),
     )
 
 
@@ -251,9 +266,11 @@ def _plain_value(node: yaml.Node) -> object:
 
 
 class _Other:
-    """A value that no key can have."""
+    """A value that is no text; only a number may be what a key can have."""
 
     def __init__(self, node: yaml.Node) -> None:
+        #: As it was written, if it is a number.
+        self.number = str(node.value) if node.tag in (_YAML_TAG + "int", _YAML_TAG + "float") else ""
         known = {"map": "a mapping", "seq": "a list", **dict.fromkeys(_YAML_SCALARS, str(node.value))}
         self._shown = known.get(node.tag.removeprefix(_YAML_TAG), node.tag.replace(_YAML_TAG, "!!"))
 
@@ -291,3 +308,16 @@ def _ignore(file: Path, found: dict[str, tuple[int, object]]) -> tuple[str, ...]
     if not isinstance(value, list) or not all(isinstance(pattern, str) for pattern in value):
         raise ConfigError(f"{file}:{line}: `ignore` must be a list of patterns, not {value!r}")
     return tuple(value)
+
+
+def _quantity(file: Path, found: dict[str, tuple[int, object]], key: str, parse: Callable[[str], int]) -> int:
+    line, value = found.get(key, (0, None))
+    if value is None:
+        return 0
+    text = value if isinstance(value, str) else value.number if isinstance(value, _Other) else ""
+    try:
+        return parse(text or repr(value))
+    except ValueError as error:
+        raise ConfigError(
+            f"{file}:{line}: `{key}`: {error}", fields={"file": str(file), "line": str(line), "key": key}
+        ) from None

@@ -1,9 +1,9 @@
 """The connection to the daemon of this user: found or started, kept for the process, made anew after `fork`.
 
-The only module of the library that uses grpc. Callers hand in a protobuf request and the type of the
-reply; they get the reply, or the `ReplicateError` that the daemon raised. Everything may be called from
-any thread and after a fork. Repeating a request is harmless by protocol (writes carry ids chosen by the
-client), so a call that finds the daemon gone starts it again and repeats itself.
+Callers hand in a protobuf request and the type of the reply; they get the reply, or the `ReplicateError`
+that the daemon raised. Everything may be called from any thread and after a fork. Repeating a request is
+harmless by protocol (writes carry ids chosen by the client), so a call that finds the daemon gone starts it
+again and repeats itself. What gRPC is used for is in `channel`; what is not urgent, in `delivery`.
 
 Invariant for forks: while a process forks, no thread is inside grpc and no channel of ours is open. grpc
 hangs in a child that is forked while another thread makes a call, or that inherits an unfinished one.
@@ -15,21 +15,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from replicate.errors import (
-    DaemonIncompatible,
-    DaemonUnavailable,
-    InternalError,
-    InvalidArgument,
-    ReplicateError,
+from replicate.channel import (
+    HELLO_TIMEOUT_S,
+    Channel,
+    DaemonInfo,
+    Lost,
+    decode_daemon,
+    incompatible,
+    load_grpc,
 )
+from replicate.errors import DaemonUnavailable, ReplicateError
 from replicate.home import Home, find_home
-from replicate.launch import Launch, SocketAddress, is_alive, is_listening, lock_owner
+from replicate.launch import Launch, is_alive, is_listening, lock_owner
 from replicate.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -44,46 +45,39 @@ else:
     pb = LazyModule("replicate._pb.daemon_pb2")
     _Reply = TypeVar("_Reply")
 
-_SERVICE = "/replicate.v1.Daemon"
-#: For questions about the daemon itself; anything else takes as long as its work takes.
-_HELLO_TIMEOUT_S = 15.0
 #: Waits before the repetitions of a call that lost its daemon; with the starts between them some 20 s.
 _RETRY_DELAYS_S = (0.0, 0.1, 0.5, 2.0, 5.0)
+#: A daemon that fell silent during a call is given so long to answer the next one.
+_SILENCE_PATIENCE_S = 10.0
 #: How long a fork waits for the calls of other threads before it interrupts them (they are repeated
 #: afterwards), and then for the interrupted ones to return.
 _FORK_PATIENCE_S = 1.0
 _INTERRUPTION_PATIENCE_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonInfo:
-    """Who answers on the socket."""
-
-    pid: int
-    version: str
-    protocol: int
-    started: datetime
-
-
 def call(
-    method: str, request: Message, reply_type: type[_Reply], *, timeout_s: float | None = None
+    method: str,
+    request: Message,
+    reply_type: type[_Reply],
+    *,
+    timeout_s: float | None = None,
+    reach_s: float | None = None,
 ) -> _Reply:
     """The daemon's reply to one request; starts the daemon when none runs.
 
-    Without `timeout_s`, which bounds all of it, it waits as long as the daemon works on it. Raises the
-    error that the daemon raised, `DaemonUnavailable` when none can be reached within about 20 s or the
-    time is up, `InternalError` when the daemon failed by a bug.
+    Without `timeout_s`, which bounds all of it, it waits as long as the daemon works on it, and as long as
+    the daemon's process answers pings. Raises the error that the daemon raised, `DaemonUnavailable` when
+    none can be reached within about 20 s (or `reach_s`) or the time is up, `InternalError` when the daemon
+    failed by a bug.
     """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    repetition = _Repetition(deadline)
+    attempts = _Attempts(timeout_s, reach_s)
     while True:
         try:
             with _link.entered():
-                channel = _link.channel(deadline)
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                return channel.unary(method, request, reply_type, left)
-        except _Lost as lost:
-            repetition.wait(lost)
+                channel = _link.channel(attempts.reach_by())
+                return channel.unary(method, request, reply_type, attempts.left_s())
+        except Lost as lost:
+            attempts.wait(lost)
 
 
 def stream(method: str, request: Message, reply_type: type[_Reply]) -> Iterator[_Reply]:
@@ -92,7 +86,7 @@ def stream(method: str, request: Message, reply_type: type[_Reply]) -> Iterator[
     Closing the generator cancels the request. It is repeated only as long as no reply has come; later, a
     fork of this process or the end of the daemon ends it with `DaemonUnavailable`.
     """
-    repetition = _Repetition()
+    attempts = _Attempts()
     has_begun = False
     while True:
         try:
@@ -101,10 +95,10 @@ def stream(method: str, request: Message, reply_type: type[_Reply]) -> Iterator[
                     has_begun = True
                     yield reply
                 return
-        except _Lost as lost:
+        except Lost as lost:
             if has_begun:
                 raise lost.error() from None
-            repetition.wait(lost)
+            attempts.wait(lost)
 
 
 def probe() -> DaemonInfo | None:
@@ -120,14 +114,20 @@ def probe() -> DaemonInfo | None:
         try:
             with _link.opened(home) as channel:
                 return channel.hello()
-        except _Lost:
+        except Lost:
             return None
 
 
-def start_daemon() -> DaemonInfo:
-    """The daemon of this home, started if none runs; returns when it answers."""
+def start_daemon(upload_limit: int = 0) -> DaemonInfo:
+    """The daemon of this home, started if none runs; returns when it answers.
+
+    One that is started now sends at most `upload_limit` bytes a second to repositories (0: no limit).
+    """
+    if upload_limit:
+        with _link.entered():
+            _link.channel(time.monotonic() + HELLO_TIMEOUT_S, ("--limit", str(upload_limit)))
     request = pb.HelloRequest(protocol=wire.PROTOCOL_VERSION)
-    return decode_daemon(call("Hello", request, pb.HelloReply, timeout_s=_HELLO_TIMEOUT_S))
+    return decode_daemon(call("Hello", request, pb.HelloReply, timeout_s=HELLO_TIMEOUT_S))
 
 
 def stop_daemon(timeout_s: float = 30.0) -> bool:
@@ -160,169 +160,42 @@ def _ask_to_stop(home: Home) -> bool:
     """Whether the daemon was told to stop; it may be of another version, or just have left."""
     try:
         with _link.entered(), _link.opened(home) as channel:
-            channel.unary("Shutdown", pb.ShutdownRequest(), pb.ShutdownReply, _HELLO_TIMEOUT_S)
-    except (_Lost, ReplicateError):
+            channel.unary("Shutdown", pb.ShutdownRequest(), pb.ShutdownReply, HELLO_TIMEOUT_S)
+    except (Lost, ReplicateError):
         return False
     return True
 
 
-def decode_daemon(message: pb.HelloReply) -> DaemonInfo:
-    """The daemon's description of itself."""
-    return DaemonInfo(message.pid, message.version, message.protocol, wire.decode_time(message.started_ns))
-
-
-def protocol_error(method: str, problem: str) -> InternalError:
-    """The error for a reply that the protocol does not allow."""
-    return InternalError(
-        f"{method}: {problem}", hint=f"this is a bug; the daemon's log is {find_home().log_file}"
-    )
-
-
-class _Lost(Exception):
-    """The daemon went away during a call, or the call was interrupted by a fork."""
-
-    def __init__(self, reason: str, *, by_fork: bool) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.by_fork = by_fork
-
-    def error(self) -> DaemonUnavailable:
-        """What users are told of it."""
-        return DaemonUnavailable(
-            f"the connection to the daemon was lost: {self.reason}",
-            hint=f"its log is {find_home().log_file}",
-        )
-
-
-class _Repetition:
+class _Attempts:
     """Paces the repetitions of one call."""
 
-    def __init__(self, deadline: float | None = None) -> None:
-        self._delays = iter(_RETRY_DELAYS_S)
-        self._deadline = deadline
+    def __init__(self, timeout_s: float | None = None, reach_s: float | None = None) -> None:
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._reach_s = reach_s
+        #: Who has little time to reach the daemon tries once more, and at once.
+        self._delays = iter(_RETRY_DELAYS_S if reach_s is None else _RETRY_DELAYS_S[:1])
 
-    def wait(self, lost: _Lost) -> None:
+    def reach_by(self) -> float | None:
+        """Until when the daemon must have been reached, of `time.monotonic`; None: as long as it takes."""
+        limits = [] if self._deadline is None else [self._deadline]
+        if self._reach_s is not None:
+            limits.append(time.monotonic() + self._reach_s)
+        return min(limits, default=None)
+
+    def left_s(self) -> float | None:
+        """How long the call may take now."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def wait(self, lost: Lost) -> None:
         """Wait until the call may be repeated; raises `DaemonUnavailable` when that is enough."""
         if lost.by_fork:
             return
+        if lost.by_silence:
+            self._reach_s = min(self._reach_s or _SILENCE_PATIENCE_S, _SILENCE_PATIENCE_S)
         delay = next(self._delays, None)
         if delay is None or (self._deadline is not None and time.monotonic() + delay > self._deadline):
             raise lost.error() from None
         time.sleep(delay)
-
-
-class _Channel:
-    """A gRPC channel to the daemon of one home, for any number of threads."""
-
-    def __init__(self, home: Home) -> None:
-        self.home = home
-        self._address = SocketAddress(home)
-        self._grpc = _load_grpc()
-        self._closed_because = ""
-        self._closed_for_fork = False
-        self._channel = self._grpc.insecure_channel(
-            f"unix:{self._address.path}",
-            options=[
-                # A shared pool would make a new channel wait out the back-off of a broken one.
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.enable_retries", 0),
-                ("grpc.max_receive_message_length", wire.MAX_REPLY_BYTES),
-                ("grpc.max_send_message_length", -1),
-                # Streams are read in the thread that asks: no thread of grpc to be caught in a fork.
-                (self._grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
-            ],
-        )
-
-    @property
-    def is_open(self) -> bool:
-        """Whether calls can be made."""
-        return not self._closed_because
-
-    def close(self, because: str = "closed", *, for_fork: bool = False) -> None:
-        """Interrupt the calls that use it; may be repeated."""
-        if not self._closed_because:
-            self._closed_because = "interrupted by a fork of this process" if for_fork else because
-            self._closed_for_fork = for_fork
-            self._channel.close()
-            self._address.close()
-
-    def hello(self) -> DaemonInfo:
-        """The handshake; does not judge the version of the protocol."""
-        request = pb.HelloRequest(protocol=wire.PROTOCOL_VERSION)
-        return decode_daemon(self.unary("Hello", request, pb.HelloReply, _HELLO_TIMEOUT_S))
-
-    def unary(
-        self, method: str, request: Message, reply_type: type[_Reply], timeout_s: float | None
-    ) -> _Reply:
-        """One request and its reply; raises `ReplicateError` or `_Lost`."""
-        with self._errors_of(method):
-            ask = self._channel.unary_unary(
-                f"{_SERVICE}/{method}",
-                request_serializer=type(request).SerializeToString,
-                response_deserializer=reply_type.FromString,
-            )
-            reply: _Reply = ask(request, timeout=timeout_s)
-            return reply
-
-    def stream(self, method: str, request: Message, reply_type: type[_Reply]) -> Iterator[_Reply]:
-        """One request and its replies; raises `ReplicateError` or `_Lost`."""
-        with self._errors_of(method):
-            replies = self._channel.unary_stream(
-                f"{_SERVICE}/{method}",
-                request_serializer=type(request).SerializeToString,
-                response_deserializer=reply_type.FromString,
-            )(request)
-        try:
-            # Not touched once closed: it may then be the child of the process that made it.
-            while self.is_open:
-                with self._errors_of(method):
-                    reply = next(replies, None)
-                if reply is None:
-                    return
-                yield reply
-            raise self._lost()
-        finally:
-            if self.is_open:
-                replies.cancel()
-
-    def _lost(self) -> _Lost:
-        return _Lost(self._closed_because, by_fork=self._closed_for_fork)
-
-    @contextmanager
-    def _errors_of(self, method: str) -> Iterator[None]:
-        try:
-            yield
-        except self._grpc.RpcError as error:
-            raise self._translate(method, error) from None
-        except ValueError:
-            if self.is_open:
-                raise
-            raise self._lost() from None
-
-    def _translate(self, method: str, error: Any) -> Exception:
-        for key, value in error.trailing_metadata() or ():
-            if key == wire.ERROR_METADATA_KEY:
-                return wire.decode_error(value)
-        status, details = error.code(), error.details()
-        codes = self._grpc.StatusCode
-        if not self.is_open:
-            return self._lost()
-        if status in (codes.UNAVAILABLE, codes.CANCELLED):
-            self.close(details)
-            return _Lost(details, by_fork=False)
-        if status is codes.RESOURCE_EXHAUSTED:
-            if "larger than max" in details:
-                return InvalidArgument(f"too large for one message: {details}")
-            return _Lost(details, by_fork=False)  # more requests at once than the daemon accepts
-        if status is codes.DEADLINE_EXCEEDED:
-            return DaemonUnavailable(
-                f"the daemon does not answer in time: {method}",
-                hint=f"its log is {self.home.log_file}",
-            )
-        if status is codes.UNIMPLEMENTED:
-            return _incompatible(f"it does not know {method}")
-        return protocol_error(method, f"{status.name}: {details}")
 
 
 class _Link:
@@ -339,8 +212,11 @@ class _Link:
         self._calls: dict[object, int] = {}
         #: The thread that is about to fork, or None.
         self._forking: int | None = None
-        self._channels: set[_Channel] = set()
-        self._current: _Channel | None = None
+        self._channels: set[Channel] = set()
+        self._current: Channel | None = None
+        #: How often the daemon could not be reached, and why the last time.
+        self._failures = 0
+        self._failure: DaemonUnavailable | None = None
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -357,35 +233,49 @@ class _Link:
                 del self._calls[token]
                 self._changed.notify_all()
 
-    def channel(self, deadline: float | None = None) -> _Channel:
+    def channel(self, deadline: float | None = None, serve_options: Sequence[str] = ()) -> Channel:
         """The channel to the daemon of this home, which is started when none runs.
 
-        Raises `DaemonUnavailable` or `DaemonIncompatible`, and `_Lost` when it leaves at once.
+        Raises `DaemonUnavailable` or `DaemonIncompatible`, at the latest at `deadline` (of
+        `time.monotonic`), and `Lost` when it leaves at once.
         """
         home = find_home()
+        failures = self._failures
         with self._connecting:
             current = self._current
             if current is not None and current.is_open and current.home == home:
                 return current
-            launch = Launch(home)
+            if self._failures != failures and self._failure is not None:
+                # Another thread has tried meanwhile: threads do not wait one after the other.
+                raise type(self._failure)(self._failure.message, hint=self._failure.hint)
             try:
-                _load_grpc()  # meanwhile
-                launch.wait(deadline)
-                channel, daemon = self._handshake(home)
-                launch.end(daemon.pid)
-            finally:
-                launch.end()
+                channel = self._connect(home, deadline, serve_options)
+            except DaemonUnavailable as error:
+                self._failures, self._failure = self._failures + 1, error
+                raise
             self._current = channel
             if current is not None:
                 self._close(current)
             return channel
 
-    def _handshake(self, home: Home) -> tuple[_Channel, DaemonInfo]:
+    def _connect(self, home: Home, deadline: float | None, serve_options: Sequence[str]) -> Channel:
+        launch = Launch(home, serve_options)
+        try:
+            load_grpc()  # meanwhile
+            launch.wait(deadline)
+            channel, daemon = self._handshake(home, deadline)
+            launch.end(daemon.pid)
+        finally:
+            launch.end()
+        return channel
+
+    def _handshake(self, home: Home, deadline: float | None) -> tuple[Channel, DaemonInfo]:
+        left_s = HELLO_TIMEOUT_S if deadline is None else max(0.0, deadline - time.monotonic())
         channel = self._open(home)
         try:
-            daemon = channel.hello()
+            daemon = channel.hello(min(left_s, HELLO_TIMEOUT_S))
             if daemon.protocol != wire.PROTOCOL_VERSION:
-                raise _incompatible(
+                raise incompatible(
                     f"it is version {daemon.version} with protocol {daemon.protocol},"
                     f" this library speaks {wire.PROTOCOL_VERSION}"
                 )
@@ -395,7 +285,7 @@ class _Link:
         return channel, daemon
 
     @contextmanager
-    def opened(self, home: Home) -> Iterator[_Channel]:
+    def opened(self, home: Home) -> Iterator[Channel]:
         """A channel of its own, without a handshake."""
         channel = self._open(home)
         try:
@@ -409,7 +299,7 @@ class _Link:
         self._forking = threading.get_ident()
         self._await_calls(_FORK_PATIENCE_S)
         for channel in self._channels:
-            channel.close(for_fork=True)
+            channel.close(Lost("interrupted by a fork of this process", by_fork=True))
         self._channels.clear()
         self._current = None
         self._await_calls(_INTERRUPTION_PATIENCE_S)
@@ -427,48 +317,16 @@ class _Link:
             lambda: all(thread == self._forking for thread in self._calls.values()), timeout=patience_s
         )
 
-    def _open(self, home: Home) -> _Channel:
-        channel = _Channel(home)
+    def _open(self, home: Home) -> Channel:
+        channel = Channel(home)
         with self._changed:
             self._channels.add(channel)
         return channel
 
-    def _close(self, channel: _Channel) -> None:
+    def _close(self, channel: Channel) -> None:
         with self._changed:
             self._channels.discard(channel)
         channel.close()
-
-
-def _incompatible(reason: str) -> DaemonIncompatible:
-    return DaemonIncompatible(
-        f"the running daemon is of another version: {reason}", hint="`replicate daemon stop`, then try again"
-    )
-
-
-_grpc: Any = None
-#: A channel that never connects. With its last channel grpc takes itself down, in a thread of its own, and
-#: a fork meanwhile leaves the child with a lock that nobody releases.
-_anchor: Any = None
-
-
-def _load_grpc() -> Any:
-    """The module grpc, imported so that it survives forks and is silent."""
-    global _grpc, _anchor
-    if _grpc is None:
-        # Read once, as grpc is initialised; children should not inherit them.
-        ours = {"GRPC_ENABLE_FORK_SUPPORT": "1", "GRPC_VERBOSITY": "NONE"}
-        added = {name: value for name, value in ours.items() if name not in os.environ}
-        os.environ.update(added)
-        try:
-            import grpc
-            import grpc.experimental
-
-            _anchor = grpc.insecure_channel("unix:/dev/null")
-        finally:
-            for name in added:
-                os.environ.pop(name, None)
-        _grpc = grpc
-    return _grpc
 
 
 _link = _Link()

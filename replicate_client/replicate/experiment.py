@@ -184,8 +184,8 @@ class Experiment(Snapshot):
 
     def __init__(self, repository: str, summary: ExperimentSummary, run: Run) -> None:
         self._repository = repository
-        self._summary = summary
         self._run = run
+        self._show(summary)
         #: As read from the daemon; None: not read yet.
         self._read: list[Checkpoint] | None = None
         #: Made through this object since then, and those that the daemon does not know.
@@ -276,6 +276,11 @@ class Experiment(Snapshot):
         return self._summary.duration_s
 
     @property
+    def stall_seconds(self) -> float:
+        """How long calls of this library held up the training: those of this process, and what was read."""
+        return self._stalled_elsewhere_s + self._run.stall.seconds
+
+    @property
     def checkpoints(self) -> CheckpointList:
         """Its checkpoints, oldest first; read from the daemon the first time."""
         if self._read is None:
@@ -310,7 +315,7 @@ class Experiment(Snapshot):
 
     def refresh(self) -> None:
         """Read it and its checkpoints again."""
-        self._summary = query.resolve(self._repository, self.id).summary
+        self._show(query.resolve(self._repository, self.id).summary)
         self._read = self._read_checkpoints()
 
     def delete(self) -> None:
@@ -331,12 +336,17 @@ class Experiment(Snapshot):
 
     def is_running(self) -> bool:
         """Whether it runs now; asks the daemon."""
-        self._summary = query.resolve(self._repository, self.id).summary
+        self._show(query.resolve(self._repository, self.id).summary)
         return self.status == "running"
 
     def _reference(self) -> str:
         chosen = query.resolve(self._repository, self.id).checkpoint
         return chosen.id if chosen is not None else f"{self.id}:code"
+
+    def _show(self, summary: ExperimentSummary) -> None:
+        self._summary = summary
+        # The daemon counts what this process has told it, which is not to be counted twice.
+        self._stalled_elsewhere_s = max(0.0, (summary.stall_s or 0.0) - self._run.stall.told_seconds)
 
     def _read_checkpoints(self) -> list[Checkpoint]:
         made = list(self._made)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -81,8 +82,9 @@ def is_listening(home: Home) -> bool:
 class Launch:
     """Makes sure that a daemon listens: begun at once, waited for later."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, serve_options: Sequence[str] = ()) -> None:
         self._home = home
+        self._serve_options = tuple(serve_options)
         self._process: subprocess.Popen[bytes] | None = None
         self._said: IO[bytes] | None = None
         self._starts = 0
@@ -138,7 +140,7 @@ class Launch:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "replicated", "serve", "--on-demand"],
+                [sys.executable, "-m", "replicated", "serve", "--on-demand", *self._serve_options],
                 cwd="/",
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
@@ -204,11 +206,24 @@ def lock_owner(home: Home) -> int | None:
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended but was not waited for does not."""
     _reap()
+    return _process_state(pid) not in (b"", b"Z", b"X")
+
+
+def describe_silence(home: Home) -> tuple[str, str]:
+    """Why the daemon of this home does not answer, if that can be seen (else empty), and what to do."""
+    pid = lock_owner(home)
+    if pid is not None and _process_state(pid) in (b"T", b"t"):
+        return f"its process {pid} was stopped by a signal", f"`kill -CONT {pid}` lets it go on"
+    return "", f"its log is {home.log_file}"
+
+
+def _process_state(pid: int) -> bytes:
+    """The letter that the kernel has for what a process is doing; empty when there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+            return file.read().rpartition(b")")[2].split()[0]
     except (OSError, IndexError):
-        return False
+        return b""
 
 
 def _environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ logger = logging.getLogger("replicate")
 # Without it, Python itself would print warnings of a logger that nobody configured, beside our line.
 logger.addHandler(logging.NullHandler())
 
-#: Lines that are not said again.
+#: Lines, and subjects of lines, that are not said again.
 _said: set[str] = set()
 
 
@@ -25,12 +25,21 @@ def say(line: str) -> None:
     _print(line)
 
 
-def warn_once(line: str) -> None:
-    """Tell people of trouble, once in this process; the logger is told every time."""
+def warn_once(line: str, *, about: str = "") -> None:
+    """Tell people of trouble, once in this process; the logger is told every time.
+
+    Of lines with the same `about` only the first is told: those whose numbers differ each time.
+    """
     logger.warning("%s", line)
-    if line not in _said:
-        _said.add(line)
+    subject = about or line
+    if subject not in _said:
+        _said.add(subject)
         _print(line)
+
+
+def forget(about: str) -> None:
+    """That trouble is over: warn of the next of its kind."""
+    _said.discard(about)
 
 
 def _print(line: str) -> None:

@@ -1,7 +1,7 @@
 """The entrances of the library: `init`, `flush`, projects and their experiments.
 
-Finds the project and its repository, and hands the rest to `run` and `query`. Nothing is looked for when
-this module is imported, only when something is asked of a project.
+Finds the project and its repository, and hands the rest to `beginning` and `query`. Nothing is looked for
+when this module is imported, only when something is asked of a project.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from replicate import notices, query, run
+from replicate import beginning, ending, notices, query
 from replicate.config import ProjectConfig, find_project
 from replicate.disabled import disabled_experiment, is_disabled, nothing_recorded
 from replicate.errors import NotStored
@@ -19,6 +19,7 @@ from replicate.experiment import Experiment, ExperimentList
 from replicate.ids import short
 from replicate.phrases import plural
 from replicate.records import ExperimentSummary, validate_text
+from replicate.stall import StallClock
 
 
 class Project:
@@ -72,21 +73,24 @@ class ExperimentCollection:
         """Begin an experiment in this project; see `replicate.init`."""
         if is_disabled():
             return disabled_experiment(params, name, tags)
-        if resume is not None:
-            resume = validate_text(resume, "resume")
-        config = self._project.config()
-        joined = os.environ.get("REPLICATE_EXPERIMENT_ID", "").strip()
-        if resume is not None:
-            begun = run.resume(config, resume, params=params, ignore=ignore, quiet=quiet)
-        elif joined:
-            begun = run.join(
-                config, joined, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
-            )
-        else:
-            begun = run.begin(
-                config, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
-            )
-        return Experiment(config.repository, begun[1], begun[0])
+        stall = StallClock()
+        with stall.running():
+            if resume is not None:
+                resume = validate_text(resume, "resume")
+            config = self._project.config()
+            joined = os.environ.get("REPLICATE_EXPERIMENT_ID", "").strip()
+            if resume is not None:
+                run, summary = beginning.resume(config, resume, params=params, ignore=ignore, quiet=quiet)
+            elif joined:
+                run, summary = beginning.join(
+                    config, joined, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
+                )
+            else:
+                run, summary = beginning.begin(
+                    config, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
+                )
+        run.stall = stall
+        return Experiment(config.repository, summary, run)
 
     def get(self, reference: str) -> Experiment:
         """The experiment with this id, a prefix of it (4 characters or more), or `latest`.
@@ -163,7 +167,7 @@ def flush(timeout: float | None = None) -> None:
         failure
         for failure in query.wait_stored((), timeout).failures
         # What failed earlier, elsewhere, is in `replicate status`, and not this script's affair.
-        if failure.id not in known or failure.experiment_id in run.own_experiments()
+        if failure.id not in known or failure.experiment_id in ending.own_experiments()
     ]
     if failures:
         first = failures[0]
@@ -190,4 +194,4 @@ def _chosen(experiments: ExperimentList, filter: Callable[[Experiment], object])
 
 
 def _found(config: ProjectConfig, summary: ExperimentSummary) -> Experiment:
-    return Experiment(config.repository, summary, run.attach(config, summary))
+    return Experiment(config.repository, summary, beginning.attach(config, summary))

@@ -21,8 +21,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Literal, get_args
 
 from replicate import connection
+from replicate.channel import DaemonInfo, decode_daemon, protocol_error
 from replicate.config import working_directory
-from replicate.connection import DaemonInfo
 from replicate.lazy import LazyModule
 from replicate.records import (
     CheckpointRecord,
@@ -102,6 +102,9 @@ class DaemonStatus:
     #: The last error of a snapshot that is being retried; empty when nothing is held up.
     waiting_because: str
     mounts: int
+    #: Kept from changing by a lease until they are stored, in place of a copy.
+    leased_files: int
+    leased_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +227,7 @@ def stat_file(repository: str, reference: str, path: str) -> FileEntry:
     request = _read_request(repository, reference, path, 0, 0)
     for message in connection.stream("ReadFile", request, pb.FileData):
         return wire.decode_file_entry(message.entry)
-    raise connection.protocol_error("ReadFile", "no entry in the reply")
+    raise protocol_error("ReadFile", "no entry in the reply")
 
 
 def diff_files(repository: str, left: str, right: str) -> Iterator[FileChange]:
@@ -433,7 +436,7 @@ def _decode_mounts(message: pb.MountList) -> list[MountInfo]:
 
 def _decode_status(message: pb.StatusReply) -> DaemonStatus:
     return DaemonStatus(
-        daemon=connection.decode_daemon(message.daemon),
+        daemon=decode_daemon(message.daemon),
         pending=message.pending,
         active=message.active,
         failed=message.failed,
@@ -455,6 +458,8 @@ def _decode_status(message: pb.StatusReply) -> DaemonStatus:
         ),
         waiting_because=message.waiting_because,
         mounts=message.mounts,
+        leased_files=message.leased_files,
+        leased_bytes=message.leased_bytes,
     )
 
 

@@ -3,6 +3,7 @@ from datetime import timedelta
 
 import pytest
 
+from replicate.channel import DaemonInfo
 from replicate.cli.render.storing import (
     disk_usage_json,
     render_disk_usage,
@@ -10,7 +11,6 @@ from replicate.cli.render.storing import (
     render_status,
     status_json,
 )
-from replicate.connection import DaemonInfo
 from replicate.query import DaemonStatus, DiskUsage, DiskUsageReport, Failure
 
 
@@ -30,6 +30,8 @@ def idle(now):
         failures=(),
         waiting_because="",
         mounts=0,
+        leased_files=0,
+        leased_bytes=0,
     )
 
 

@@ -12,6 +12,7 @@ import click
 
 from replicate.errors import InvalidArgument
 from replicate.ids import parse_reference
+from replicate.sizes import parse_rate
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -86,6 +87,16 @@ def check_number(context: click.Context, parameter: click.Parameter, value: floa
     if value is not None and math.isnan(value):
         raise click.BadParameter(f"{value} is not a number", context, parameter)
     return value
+
+
+def check_rate(context: click.Context, parameter: click.Parameter, value: str | None) -> int:
+    """Bytes a second, 0 when it is not given; raises `InvalidArgument`."""
+    if value is None:
+        return 0
+    try:
+        return parse_rate(value)
+    except ValueError as error:
+        raise InvalidArgument(f"{_name(parameter)}: {error}") from None
 
 
 def _name(parameter: click.Parameter) -> str:

@@ -96,6 +96,7 @@ def summary_json(summary: ExperimentSummary) -> dict[str, Json]:
         "status": summary.status,
         "ended": time_json(summary.ended),
         "duration_s": None if is_damaged(summary) else summary.duration_s,
+        "stall_seconds": None if is_damaged(summary) else summary.stall_s,
         "state": summary.state,
         "error": summary.error or None,
         "num_checkpoints": summary.checkpoint_count,

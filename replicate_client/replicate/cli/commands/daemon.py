@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from click.exceptions import Exit
 
-from replicate.cli.arguments import MAX_COUNT, json_option
+from replicate.cli.arguments import MAX_COUNT, check_rate, json_option
 from replicate.cli.grammar import Group
 from replicate.cli.json_output import time_json
 from replicate.cli.session import Session
@@ -38,15 +38,37 @@ def daemon() -> None:
 
 
 @daemon.command()
+@click.option(
+    "--limit",
+    "upload_limit",
+    metavar="RATE",
+    callback=check_rate,
+    help="Send at most so much to repositories, such as 50MB/s, until this daemon ends.",
+)
 @click.pass_obj
-def start(session: Session) -> None:
-    """Start the daemon, unless it runs."""
+def start(session: Session, upload_limit: int) -> None:
+    """Start the daemon, unless it runs.
+
+    A limit for one project, and for good, is `upload_limit` in its replicate.yaml.
+
+    \b
+    Examples:
+      replicate daemon start --limit 50MB/s
+    """
     from replicate import connection
 
+    console = session.console
     before = connection.probe()
-    info = connection.start_daemon()
-    word = "already runs" if before is not None and before.pid == info.pid else "started"
-    session.console.note(f"The daemon {word} (pid {info.pid}, version {escape(info.version)})")
+    info = connection.start_daemon(upload_limit)
+    if before is None or before.pid != info.pid:
+        console.note(f"The daemon started (pid {info.pid}, version {escape(info.version)})")
+        return
+    console.note(f"The daemon already runs (pid {info.pid}, version {escape(info.version)})")
+    if upload_limit:
+        raise ReplicateError(
+            "the limit was not set: it is chosen when the daemon starts",
+            hint="`replicate daemon stop`, then start it again",
+        )
 
 
 @daemon.command()

@@ -104,6 +104,7 @@ def _render_experiment_body(summary: ExperimentSummary, view: View, *, everythin
         ("Tags", escape(", ".join(record.tags))),
         ("Created", f"{format_moment(record.created, view.zone)}"),
         ("Status", status),
+        ("Waited", _render_stall(summary)),
         ("Host", escape(record.host)),
         ("User", escape(record.user)),
         ("Command", escape(record.command)),
@@ -121,6 +122,14 @@ def _render_experiment_body(summary: ExperimentSummary, view: View, *, everythin
     packages = _render_packages(record.python_packages, everything=everything)
     parts.append(render_section("Python packages", packages, view))
     return "".join(parts)
+
+
+def _render_stall(summary: ExperimentSummary) -> str:
+    """For how long of its time the training was held up by us."""
+    if summary.stall_s is None:
+        return ""
+    whole = "" if summary.duration_s is None else f" of {format_duration(summary.duration_s)}"
+    return f"{format_duration(summary.stall_s)}{whole} for calls of replicate"
 
 
 def _moment_and_age(checkpoint: CheckpointRecord, view: View) -> str:

@@ -28,6 +28,7 @@ def render_status(status: DaemonStatus, view: View) -> str:
         ("Storing", _describe_active(status)),
         ("Held up", view.paint(escape(status.waiting_because), "yellow")),
         ("Spool", format_size(status.spool_bytes)),
+        ("Leased", _describe_leased(status)),
         ("Mounts", str(status.mounts)),
     ]
     text = render_fields(fields)
@@ -91,6 +92,7 @@ def status_json(status: DaemonStatus) -> dict[str, Json]:
         else None,
         "waiting_because": status.waiting_because or None,
         "spool_bytes": status.spool_bytes,
+        "leased": {"files": status.leased_files, "bytes": status.leased_bytes},
         "mounts": status.mounts,
         "failures": [_failure_json(failure) for failure in status.failures],
     }
@@ -133,6 +135,12 @@ def _describe_active(status: DaemonStatus) -> str:
         return ""
     done, total = format_size(status.active_bytes_done), format_size(status.active_bytes_total)
     return f"{short(status.active_id)}, {done} of {total}"
+
+
+def _describe_leased(status: DaemonStatus) -> str:
+    if not status.leased_files:
+        return ""
+    return f"{plural(status.leased_files, 'file')} ({format_size(status.leased_bytes)}) where they are"
 
 
 def _failure_json(failure: Failure) -> dict[str, Json]:

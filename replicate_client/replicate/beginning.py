@@ -1,0 +1,228 @@
+"""How a process comes by a run: it begins an experiment, goes on with one, or adds to one.
+
+Checks everything that the user hands in before anything is sent. Called by `project`, which wraps what it
+gets in what users hold. Unlike a `Run` it raises whatever is wrong, because nothing has been trained yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from replicate import connection, ending, notices
+from replicate._version import __version__
+from replicate.capturing import decode_state, encode_capture, error_for_users, tell_reply
+from replicate.config import ProjectConfig
+from replicate.delivery import deliver
+from replicate.environment import collect, identify_process
+from replicate.errors import CaptureFailed, InvalidArgument, NotFound, PathMissing, RepositoryMissing
+from replicate.ids import ExperimentId, is_id, new_id, short
+from replicate.lazy import LazyModule
+from replicate.phrases import format_size, plural
+from replicate.project_paths import check_paths
+from replicate.records import (
+    ExperimentRecord,
+    ExperimentSummary,
+    Value,
+    utc_now,
+    validate_mapping,
+    validate_tags,
+    validate_text,
+)
+from replicate.run import Run
+
+if TYPE_CHECKING:
+    from replicate import wire
+    from replicate._pb import daemon_pb2 as pb
+else:
+    wire = LazyModule("replicate.wire")
+    pb = LazyModule("replicate._pb.daemon_pb2")
+
+
+def begin(
+    project: ProjectConfig,
+    *,
+    path: object = None,
+    params: object = None,
+    name: object = None,
+    tags: object = (),
+    ignore: object = (),
+    quiet: bool = False,
+) -> tuple[Run, ExperimentSummary]:
+    """Begin an experiment; returns when its files are captured.
+
+    Raises `TypeError`, `ValueError` and `FileNotFoundError` for wrong arguments, `ReplicateError` for
+    anything else; nothing is recorded then.
+    """
+    patterns = _check_patterns(ignore)
+    summary = _create(project, path, params, name, tags, patterns, quiet, ExperimentId(new_id()))
+    return _make_run(project, summary, patterns, ends_with_process=True, quiet=quiet), summary
+
+
+def resume(
+    project: ProjectConfig, reference: str, *, params: object = None, ignore: object = (), quiet: bool = False
+) -> tuple[Run, ExperimentSummary]:
+    """Go on with an experiment in this process; its steps continue after its last checkpoint.
+
+    Files are not saved again. Raises `NotFound`, and `ValueError` when params are given that differ.
+    """
+    found = _find(project, reference)
+    _check_same_params(found, params)
+    request = pb.ResumeExperimentRequest(
+        target=pb.Target(repository=project.repository, id=found.record.id),
+        process=wire.encode_process(identify_process()),
+        at_ns=wire.encode_time(utc_now()),
+    )
+    reply = deliver("ResumeExperiment", request, pb.ExperimentSummary, urgency="vital")
+    summary = wire.decode_summary(reply)
+    if not quiet:
+        notices.say(f"experiment {short(found.record.id)} in {project.repository} goes on")
+    return attach(project, summary, ignore=ignore, ends_with_process=True, quiet=quiet), summary
+
+
+def join(
+    project: ProjectConfig,
+    reference: str,
+    *,
+    path: object = None,
+    params: object = None,
+    name: object = None,
+    tags: object = (),
+    ignore: object = (),
+    quiet: bool = False,
+) -> tuple[Run, ExperimentSummary]:
+    """The experiment named by REPLICATE_EXPERIMENT_ID: begun, joined or resumed, whichever it takes.
+
+    A complete id that does not exist is begun under that id. One that runs belongs to the process that
+    began it: this one adds checkpoints and leaves its end alone. One that has ended is resumed.
+    """
+    try:
+        summary = _find(project, reference)
+    except (NotFound, RepositoryMissing):
+        if not is_id(reference):
+            raise
+        patterns = _check_patterns(ignore)
+        mine = _create(project, path, params, name, tags, patterns, quiet, ExperimentId(reference))
+        # Another rank may have been faster: the record that was written first counts.
+        summary = _find(project, reference)
+        is_mine = summary.record.process == mine.record.process
+        return _make_run(project, mine, patterns, ends_with_process=is_mine, quiet=quiet), summary
+    if summary.status != "running":
+        return resume(project, summary.record.id, params=params, ignore=ignore, quiet=quiet)
+    _check_same_params(summary, params)
+    return attach(project, summary, ignore=ignore, quiet=quiet), summary
+
+
+def attach(
+    project: ProjectConfig,
+    summary: ExperimentSummary,
+    *,
+    ignore: object = (),
+    ends_with_process: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """A run that adds to an experiment which exists."""
+    patterns = _check_patterns(ignore)
+    return _make_run(project, summary, patterns, ends_with_process=ends_with_process, quiet=quiet)
+
+
+def _make_run(
+    project: ProjectConfig,
+    summary: ExperimentSummary,
+    ignore: tuple[str, ...],
+    *,
+    ends_with_process: bool,
+    quiet: bool,
+) -> Run:
+    run = Run(
+        project,
+        summary.record.id,
+        next_step=summary.latest.step + 1 if summary.latest else 0,
+        ignore=ignore,
+        ends_with_process=ends_with_process,
+        quiet=quiet,
+    )
+    if ends_with_process:
+        ending.remember(run)
+    return run
+
+
+def _check_patterns(ignore: object) -> tuple[str, ...]:
+    if isinstance(ignore, str):
+        return (validate_text(ignore, "ignore"),)
+    if not isinstance(ignore, Sequence):
+        raise TypeError(f"ignore must be a list of patterns, not {ignore!r}")
+    return tuple(validate_text(pattern, f"ignore[{number}]") for number, pattern in enumerate(ignore))
+
+
+def _check_same_params(summary: ExperimentSummary, params: object) -> None:
+    if params is None:
+        return
+    given, recorded = validate_mapping(params, "params"), dict(summary.record.params)
+    names = [name for name in (*recorded, *given) if _written(recorded, name) != _written(given, name)]
+    if names:
+        raise ValueError(
+            f"params differ from those of experiment {short(summary.record.id)}: "
+            + ", ".join(dict.fromkeys(names))
+        )
+
+
+def _written(values: dict[str, Value], name: str) -> str:
+    """A value as text, so that NaN equals NaN and 1 does not equal True; empty when it is absent."""
+    return json.dumps(values[name], sort_keys=True) if name in values else ""
+
+
+def _create(
+    project: ProjectConfig,
+    path: object,
+    params: object,
+    name: object,
+    tags: object,
+    ignore: tuple[str, ...],
+    quiet: bool,
+    experiment_id: ExperimentId,
+) -> ExperimentSummary:
+    paths = check_paths(path, project.directory)
+    values = validate_mapping(params, "params")
+    checked_name = "" if name is None else validate_text(name, "name")
+    checked_tags = validate_tags(tags)
+    created = utc_now()
+    environment = collect(project.directory)
+    record = ExperimentRecord(
+        id=experiment_id,
+        created=created,
+        name=checked_name,
+        tags=checked_tags,
+        user=environment.user,
+        host=environment.host,
+        command=environment.command,
+        paths=paths,
+        params=values,
+        python_version=environment.python_version,
+        python_packages=environment.python_packages,
+        system=environment.system,
+        git=environment.git,
+        replicate_version=__version__,
+        process=environment.process,
+    )
+    request = pb.CreateExperimentRequest(
+        repository=project.repository,
+        experiment=wire.encode_experiment(record),
+        capture=encode_capture(project, paths, ignore),
+    )
+    try:
+        reply = deliver("CreateExperiment", request, pb.CaptureReply, urgency="vital")
+    except (PathMissing, InvalidArgument, CaptureFailed) as error:
+        raise error_for_users(error) from None
+    if not quiet:
+        label = f"experiment {short(record.id)}" + (f" ({record.name})" if record.name else "")
+        files = f"{plural(reply.file_count, 'file')}, {format_size(reply.size_bytes)}"
+        notices.say(f"{label} in {project.repository}" + (f": {files}" if paths else ""))
+    tell_reply(reply, quiet=quiet)
+    return ExperimentSummary(record, status="running", state=decode_state(reply.state))
+
+
+def _find(project: ProjectConfig, reference: str) -> ExperimentSummary:
+    target = pb.Target(repository=project.repository, id=reference)
+    return wire.decode_summary(connection.call("Resolve", target, pb.Resolution).summary)

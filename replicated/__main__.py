@@ -1,4 +1,4 @@
-"""The command `replicated`: the daemon, and the process that serves one mount.
+"""The command `replicated`: the daemon, and the processes that serve one mount or store its snapshots.
 
 People use `replicate`, which starts these on demand.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from replicate._version import __version__
 from replicate.errors import ReplicateError
 from replicate.home import find_home
+from replicated.priority import take_lowest_priority
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from replicated.mount import process  # loads libfuse, which the daemon never needs
 
         return process.main(arguments[1:])
+    if arguments[:1] == ["store-process"]:
+        take_lowest_priority()  # before anything is loaded, and any thread begins
+        from replicated.snapshot import store_process
+
+        return store_process.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="replicated", description="The daemon of replicate; `replicate` starts it on demand."
     )
@@ -31,8 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument(
         "--idle-exit", type=float, default=None, metavar="SECONDS", help="how long that takes (600)"
     )
+    serve.add_argument(
+        "--limit",
+        type=_natural,
+        default=0,
+        metavar="BYTES_PER_S",
+        help="send at most so much to repositories (0: no limit)",
+    )
     options = parser.parse_args(arguments)
     return _serve(options)
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("negative")
+    return value
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -40,7 +60,9 @@ def _serve(options: argparse.Namespace) -> int:
 
     idle_exit_s = daemon.IDLE_EXIT_S if options.idle_exit is None else options.idle_exit
     try:
-        daemon.serve(find_home(), on_demand=options.on_demand, idle_exit_s=idle_exit_s)
+        daemon.serve(
+            find_home(), on_demand=options.on_demand, idle_exit_s=idle_exit_s, upload_limit=options.limit
+        )
     except ReplicateError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,7 +37,7 @@ from replicated.sqlite import DatabaseUnusable, open_database
 
 #: "RPLC"
 APPLICATION_ID = 0x52504C43
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE experiments (
@@ -71,7 +71,9 @@ CREATE TABLE edits (
     experiment_id TEXT NOT NULL,
     time_ns INTEGER NOT NULL,
     -- How the run ended; NULL when it was resumed.
-    status TEXT
+    status TEXT,
+    -- How long calls held up the training, as an end told; else 0.
+    stall_ns INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX edits_by_experiment ON edits (experiment_id, time_ns);
 """
@@ -93,6 +95,8 @@ class CatalogEntry:
     #: The newest word on how the run ended; None when it has not ended or was resumed since.
     end_status: EndStatus | None
     ended: datetime | None
+    #: How long calls held up the training, in nanoseconds, by the id of the edit that tells it.
+    stalls: Mapping[str, int]
 
 
 class Catalog:
@@ -133,13 +137,15 @@ class Catalog:
         )
         with self._lock:
             rows = self._database.execute(query, () if identifier is None else (identifier,)).fetchall()
-            # Later rows of the same experiment overwrite earlier ones: the newest edit counts.
-            ends = {
-                row[0]: (row[1], row[2])
-                for row in self._database.execute(
-                    "SELECT experiment_id, status, time_ns FROM edits ORDER BY time_ns"
-                )
-            }
+            edits = self._database.execute(
+                "SELECT experiment_id, status, time_ns, id, stall_ns FROM edits ORDER BY time_ns"
+            ).fetchall()
+        # Later rows of the same experiment overwrite earlier ones: the newest edit counts.
+        ends = {row[0]: (row[1], row[2]) for row in edits}
+        stalls: dict[str, dict[str, int]] = {}
+        for experiment_id, _, _, edit_id, stall_ns in edits:
+            if stall_ns:
+                stalls.setdefault(experiment_id, {})[edit_id] = stall_ns
         for experiment_id, record, state, error, count, latest, best in rows:
             status, ended_ns = ends.get(experiment_id, (None, 0))
             yield CatalogEntry(
@@ -151,6 +157,7 @@ class Catalog:
                 best=_checkpoint(best),
                 end_status=status,
                 ended=wire.decode_time(ended_ns) if status else None,
+                stalls=stalls.get(experiment_id, {}),
             )
 
     def checkpoints(self, experiment_id: str) -> list[CheckpointRecord]:
@@ -299,12 +306,13 @@ class Catalog:
             if edit is None:
                 continue
             self._database.execute(
-                "INSERT INTO edits VALUES (?, ?, ?, ?)",
+                "INSERT INTO edits VALUES (?, ?, ?, ?, ?)",
                 (
                     identifier,
                     experiment_id,
                     wire.encode_time(edit.time),
                     edit.status if isinstance(edit, EndEdit) else None,
+                    edit.stall_ns if isinstance(edit, EndEdit) else 0,
                 ),
             )
 

@@ -15,6 +15,7 @@ import resource
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,10 +26,11 @@ from types import FrameType
 from replicate._version import __version__
 from replicate.errors import DaemonUnavailable
 from replicate.home import PRIVATE_MODE, Home, make_private
+from replicated.admission import Admission
 from replicated.browse import Browser
 from replicated.experiments import Experiments
 from replicated.intake import Intake
-from replicated.jobs import Jobs
+from replicated.jobs import Frozen, Jobs
 from replicated.journal import Journal
 from replicated.liveness import RunWatcher
 from replicated.mount.table import MountTable
@@ -36,8 +38,13 @@ from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
 from replicated.rpc import RpcServer, Services
 from replicated.snapshot.capture import Capturer
+from replicated.snapshot.held import HeldFiles, block_signals
+from replicated.snapshot.recovery import recover
 from replicated.snapshot.spool import Spool
+from replicated.snapshot.tree_caches import TreeCaches
+from replicated.snapshot.watch import TreeWatches
 from replicated.sqlite import DatabaseUnusable
+from replicated.storing import Storing
 
 #: A daemon that was started on demand and has had nothing to do for this long leaves.
 IDLE_EXIT_S = 600.0
@@ -51,14 +58,19 @@ MAX_SOCKET_PATH = 107
 #: SQLite's limit is 512, with room for the suffix of its log.
 MAX_DATABASE_PATH = 500
 
+#: A request waits at most this long for the interpreter while another thread computes (5 ms otherwise).
+_SWITCH_INTERVAL_S = 0.001
+
 _LOG_BYTES = 5 << 20
 _LOG_FILES = 3
 
 _log = logging.getLogger(__name__)
 
 
-def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S) -> None:
+def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S, upload_limit: int = 0) -> None:
     """Run the daemon of a home until it is told to stop, or is idle when it was started on demand.
+
+    `upload_limit` bounds the bytes that are sent to a repository in a second; 0: no limit.
 
     Raises `DaemonUnavailable` when another daemon owns the home or its state cannot be used.
     """
@@ -74,6 +86,8 @@ def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S) -> N
     with _owning(home):
         _start_logging(home)
         _raise_descriptor_limit()
+        block_signals()  # before there is another thread
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         stop = threading.Event()
 
         def on_signal(number: int, frame: FrameType | None) -> None:
@@ -84,7 +98,7 @@ def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S) -> N
         _log.info("replicated %s starts, pid %d", __version__, os.getpid())
         try:
             with ExitStack() as stack:
-                is_idle = _build(home, stack, stop)
+                is_idle = _build(home, stack, stop, upload_limit)
                 socket_inode = os.lstat(home.socket).st_ino
                 while not stop.wait(1.0):
                     if not _is_inode(home.socket, socket_inode):
@@ -128,16 +142,35 @@ class _Idleness:
         return bool(self._journal.captured()) and not self._jobs.progress().waiting_because
 
 
-def _build(home: Home, stack: ExitStack, stop: threading.Event) -> _Idleness:
+def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: int) -> _Idleness:
     """Make everything, in the order in which data flows; the stack takes it down in reverse."""
     journal = _open_journal(home)
     stack.callback(journal.close)
     journal.forget_finished(time.time_ns())
     spool = Spool(home.spool)
     _clean_spool(spool, journal)
+    held = HeldFiles(spool.path)
+    held.start()
+    stack.callback(held.stop)
+    # At once: what the last daemon held, the training scripts may change at any moment.
+    lost = recover(journal, spool, held)
+    watches = TreeWatches()
+    watches.start()
+    stack.callback(watches.stop)
     repositories = OpenRepositories(home.cache)
     stack.callback(repositories.close)
-    jobs = Jobs(journal, spool, repositories)
+    tree_caches = TreeCaches(home.cache / "trees", repositories)
+    stack.callback(tree_caches.close)
+    capturer = Capturer(spool, held, watches, private=(home.state, home.cache, home.run, home.logs))
+    stack.callback(capturer.stop)
+    jobs = Jobs(
+        journal,
+        repositories,
+        Frozen(spool, held, capturer),
+        lambda: Storing(held, home.cache),
+        lost=lost,
+        upload_limit=upload_limit,
+    )
     experiments = Experiments(journal, repositories, home.cache / "catalogs")
     stack.callback(experiments.close)
     host = socket.gethostname()
@@ -147,8 +180,10 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event) -> _Idleness:
     )
     intake = Intake(
         journal,
-        Capturer(spool, private=(home.state, home.cache, home.run, home.logs)),
+        capturer,
         repositories,
+        tree_caches,
+        Admission(journal, jobs.wait_for_change, lambda: jobs.progress().waiting_because),
         wake=jobs.wake,
         watch=watcher.watch,
         watch_exit=lambda run: watcher.watch(run, is_exiting=True),
@@ -159,13 +194,14 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event) -> _Idleness:
     server = RpcServer(
         Services(
             home_spool=spool,
+            held=held,
             journal=journal,
             intake=intake,
             jobs=jobs,
             repositories=repositories,
             experiments=experiments,
             browser=Browser(experiments, repositories),
-            removal=Removal(journal, spool, jobs, experiments, repositories),
+            removal=Removal(journal, capturer, jobs, experiments, repositories),
             mounts=mounts,
             request_stop=stop.set,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -171,7 +171,7 @@ class Experiments:
 
     def _view(self, repository: str) -> _View:
         # The journal first: a job that is stored in between is then seen in both and not in neither.
-        jobs = _Overlay(self._journal.unfinished(repository), self._journal.runs())
+        jobs = _Overlay(self._journal.unfinished(repository), self._journal.runs(), self._journal.stalls())
         try:
             catalog = self._catalog(repository)
         except RepositoryMissing:
@@ -211,6 +211,8 @@ class Experiments:
             merged = self._checkpoints(view, identifier)
             count, latest, best = len(merged), latest_checkpoint(merged), best_checkpoint(merged)
         status, ended = self._status(view, entry)
+        # By id, because an edit that is stored in this moment is in both.
+        stalls = {**entry.stalls, **view.jobs.stalls.get(identifier, {})}
         return ExperimentSummary(
             record=entry.record,
             status=status,
@@ -221,6 +223,7 @@ class Experiments:
             latest=latest,
             best=best,
             duration_s=_duration(entry, status, ended, latest),
+            stall_s=sum(stalls.values()) / 1e9 if stalls else None,
         )
 
     def _status(self, view: _View, entry: CatalogEntry) -> tuple[Status, datetime | None]:
@@ -270,8 +273,10 @@ class _View:
 class _Overlay:
     """What the journal knows beyond the repository: unfinished jobs by what they are, and live runs."""
 
-    def __init__(self, jobs: Iterable[Job], runs: Iterable[Run]) -> None:
+    def __init__(self, jobs: Iterable[Job], runs: Iterable[Run], stalls: Mapping[str, int]) -> None:
         self.runs = {run.experiment_id: run for run in runs}
+        #: How long calls held up the training of an experiment, by the id of what tells it.
+        self.stalls = {identifier: {"": stall_ns} for identifier, stall_ns in stalls.items() if stall_ns}
         self.experiments: dict[str, Job] = {}
         self.checkpoints: dict[str, list[CheckpointRecord]] = {}
         #: The newest end that is not in the repository yet.
@@ -288,6 +293,8 @@ class _Overlay:
                 edit = decode_edit(job.record)
                 if isinstance(edit, EndEdit):
                     self.ends[job.experiment_id] = edit
+                    if edit.stall_ns:
+                        self.stalls.setdefault(job.experiment_id, {})[job.id] = edit.stall_ns
 
 
 def _visible_state(job: Job) -> SnapshotState:
@@ -305,6 +312,7 @@ def _pending_entry(job: Job) -> CatalogEntry:
         best=None,
         end_status=None,
         ended=None,
+        stalls={},
     )
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -28,11 +28,26 @@ from replicate.records import (
     SnapshotState,
     utc_now,
 )
+from replicated.admission import Admission, Bounds
 from replicated.format.metadata import Edit, EndEdit, Heartbeat, ResumeEdit, encode_edit
 from replicated.journal import Job, JobState, Journal, Run
 from replicated.processes import current_boot_id
 from replicated.repositories import OpenRepositories
 from replicated.snapshot.capture import Captured, Capturer, CaptureRequest
+from replicated.snapshot.tree_caches import TreeCaches
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request says besides the record and the files."""
+
+    bounds: Bounds = field(default_factory=Bounds)
+    #: Bytes a second that may be sent to the repository; 0: no limit.
+    upload_limit: int = 0
+    #: How long calls held up the training since it was last told.
+    stall_ns: int = 0
+    #: Why the checkpoint could not be recorded when it was made; its files are not captured any more.
+    missed_because: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,8 @@ class Intake:
         journal: Journal,
         capturer: Capturer,
         repositories: OpenRepositories,
+        tree_caches: TreeCaches,
+        admission: Admission,
         *,
         wake: Callable[[str], None],
         watch: Callable[[Run], None],
@@ -60,6 +77,8 @@ class Intake:
         self._journal = journal
         self._capturer = capturer
         self._repositories = repositories
+        self._tree_caches = tree_caches
+        self._admission = admission
         self._wake = wake
         self._watch = watch
         self._watch_exit = watch_exit
@@ -70,11 +89,15 @@ class Intake:
         self._left = threading.Condition(self._lock)
 
     def create_experiment(
-        self, repository: str, record: ExperimentRecord, request: CaptureRequest | None
+        self,
+        repository: str,
+        record: ExperimentRecord,
+        request: CaptureRequest | None,
+        terms: Terms = Terms(),
     ) -> Accepted:
         """Capture and journal an experiment, and watch its process.
 
-        Raises what opening the repository and capturing raise; nothing is recorded then.
+        Raises what opening the repository and capturing raise, and `QueueFull`; nothing is recorded then.
         """
         with self._exclusive(record.id):
             answered = self._answered(record.id)
@@ -92,18 +115,23 @@ class Intake:
                     created_ns=time.time_ns(),
                 ),
                 request,
+                terms,
             )
         if record.process is not None:
             self._begin_run(Run(record.id, repository, record.process))
         return accepted
 
     def create_checkpoint(
-        self, repository: str, record: CheckpointRecord, request: CaptureRequest | None
+        self,
+        repository: str,
+        record: CheckpointRecord,
+        request: CaptureRequest | None,
+        terms: Terms = Terms(),
     ) -> Accepted:
         """Capture and journal a checkpoint.
 
-        Raises `PathMissing` when nothing was recorded, and other `CaptureFailed` when the checkpoint was
-        recorded, with its metrics and the reason, as failed.
+        Raises `PathMissing` and `QueueFull` when nothing was recorded, and `CaptureFailed` when the
+        checkpoint was recorded, with its metrics and the reason, as failed.
         """
         with self._exclusive(record.id):
             answered = self._answered(record.id)
@@ -118,14 +146,21 @@ class Intake:
                 record=wire.encode_checkpoint(record).SerializeToString(),
                 created_ns=time.time_ns(),
             )
+            if terms.missed_because:
+                self._add_failed(job, record, terms.missed_because, terms.stall_ns)
+                return Accepted(Captured(0, 0, ()), "failed")
             try:
-                return self._accept(job, request)
+                return self._accept(job, request, terms)
             except CaptureFailed as error:
-                failed = dataclasses.replace(record, state="failed", error=error.message)
-                encoded = wire.encode_checkpoint(failed).SerializeToString()
-                self._journal.add(dataclasses.replace(job, record=encoded))
-                self._wake(repository)
+                self._add_failed(job, record, error.message, terms.stall_ns)
                 raise
+
+    def _add_failed(self, job: Job, record: CheckpointRecord, reason: str, stall_ns: int) -> None:
+        """Record a checkpoint without its files, for the sake of its metrics."""
+        failed = dataclasses.replace(record, state="failed", error=reason)
+        encoded = wire.encode_checkpoint(failed).SerializeToString()
+        self._journal.add(dataclasses.replace(job, record=encoded), stall_ns=stall_ns)
+        self._wake(job.repository)
 
     def end_experiment(
         self,
@@ -135,6 +170,7 @@ class Intake:
         ended: datetime,
         *,
         is_exiting: bool = False,
+        stall_ns: int = 0,
     ) -> None:
         """Record how a run ended; with `is_exiting`, its exit status may still make that `failed`."""
         run = self._journal.end_run(experiment_id)
@@ -142,7 +178,7 @@ class Intake:
             self._watch_exit(run)
         else:
             self._forget(experiment_id)
-        self._add_edit(repository, experiment_id, EndEdit(status, ended))
+        self._add_end(repository, experiment_id, EndEdit(status, ended), stall_ns)
 
     def resume_experiment(
         self, repository: str, experiment_id: ExperimentId, process: ProcessIdentity, at: datetime
@@ -156,9 +192,9 @@ class Intake:
         """Record that a training process has ended, if that is news; called by the watcher."""
         is_news = self._journal.end_run(run.experiment_id) is not None
         if exit_status is not None and exit_status > 0:
-            self._add_edit(run.repository, run.experiment_id, EndEdit("failed", utc_now()))
+            self._add_end(run.repository, run.experiment_id, EndEdit("failed", utc_now()))
         elif is_news:
-            self._add_edit(run.repository, run.experiment_id, EndEdit("killed", utc_now()))
+            self._add_end(run.repository, run.experiment_id, EndEdit("killed", utc_now()))
 
     def beat(self, run: Run, host: str) -> None:
         """Write the heartbeat of a run, once its experiment is in the repository; best effort."""
@@ -172,19 +208,26 @@ class Intake:
         self._journal.start_run(run)
         self._watch(run)
 
-    def _accept(self, job: Job, request: CaptureRequest | None) -> Accepted:
+    def _accept(self, job: Job, request: CaptureRequest | None, terms: Terms) -> Accepted:
         captured = Captured(0, 0, ())
         if request is not None:
-            captured = self._capturer.capture(request, _local_directory(job.repository))
+            self._admission.wait(terms.bounds)
+            captured = self._capturer.capture(
+                request, _local_directory(job.repository), self._tree_caches.find(job.repository)
+            )
             job = dataclasses.replace(
                 job,
                 has_files=True,
                 file_count=captured.file_count,
                 size_bytes=captured.size_bytes,
                 is_durable=request.durable,
+                frozen_bytes=captured.frozen_bytes,
+                spooled_bytes=captured.spooled_bytes,
+                upload_limit=terms.upload_limit,
             )
         try:
-            self._journal.add(dataclasses.replace(job, boot_id=current_boot_id()))
+            job = dataclasses.replace(job, boot_id=current_boot_id())
+            self._journal.add(job, captured.entries, terms.stall_ns)
         except BaseException:
             self._capturer.forget(job.id)
             raise
@@ -208,10 +251,26 @@ class Intake:
                 fields={"id": experiment_id},
             )
 
-    def _add_edit(self, repository: str, experiment_id: ExperimentId, edit: Edit) -> None:
-        encoded = encode_edit(edit)
+    def _add_end(
+        self, repository: str, experiment_id: ExperimentId, edit: EndEdit, stall_ns: int = 0
+    ) -> None:
+        """Record an end; from now on it tells for how long calls held up the training."""
+        before_ns = self._journal.stalls().get(experiment_id, 0)
+        told = dataclasses.replace(edit, stall_ns=before_ns + stall_ns)
+        self._add_edit(repository, experiment_id, edit, encode_edit(told), -before_ns)
+
+    def _add_edit(
+        self,
+        repository: str,
+        experiment_id: ExperimentId,
+        edit: Edit,
+        encoded: bytes = b"",
+        stall_ns: int = 0,
+    ) -> None:
+        plain = encode_edit(edit)
+        encoded = encoded or plain
         # Made of what is said, so that a repeated request is the same edit.
-        identifier = hashlib.sha256(experiment_id.encode() + encoded).hexdigest()
+        identifier = hashlib.sha256(experiment_id.encode() + plain).hexdigest()
         self._journal.add(
             Job(
                 id=identifier,
@@ -221,7 +280,8 @@ class Intake:
                 record=encoded,
                 created_ns=time.time_ns(),
                 boot_id=current_boot_id(),
-            )
+            ),
+            stall_ns=stall_ns,
         )
         self._wake(repository)
 

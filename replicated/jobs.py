@@ -1,41 +1,50 @@
 """Workers that bring captured snapshots from the spool into their repositories, in order.
 
-One thread a repository takes the oldest captured job of the journal, stores it and commits what became
-of it; nothing is kept in memory that the journal does not know, so a daemon that dies is continued by
-the next one. Trouble with a repository is retried for ever, with growing pauses, and visible in
-`status`; only damage of the captured bytes themselves makes a job fail. Runs at low CPU priority:
-training comes first.
+One thread a repository takes the oldest captured job of the journal, has it stored by a process of its
+own (`storing`), publishes it and commits what became of it; nothing is kept in memory that the journal
+does not know, so a daemon that dies is continued by the next one. Trouble with a repository is retried
+for ever, with growing pauses, and visible in `status`; only the loss of what was captured makes a job
+fail.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import random
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from replicate.errors import CaptureFailed, NotFound, ReplicateError
 from replicate.ids import SnapshotId, short
-from replicated.format.metadata import EndEdit, decode_edit
+from replicated.format.metadata import EndEdit, Snapshot, decode_edit
 from replicated.journal import Job, Journal
 from replicated.processes import current_boot_id
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
-from replicated.snapshot.ingest import ingest
+from replicated.snapshot.capture import Capturer
+from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
+from replicated.storing import Storing
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 #: A bug of ours is tried this often before the job fails, so that it cannot block the queue for ever.
 UNEXPECTED_TRIES = 3
-WORKER_NICENESS = 10
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Where the captured bytes are until they are stored."""
+
+    spool: Spool
+    held: HeldFiles
+    capturer: Capturer
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +64,23 @@ class Progress:
 class Jobs:
     """Owner of the worker threads; see the module's text. Thread-safe."""
 
-    def __init__(self, journal: Journal, spool: Spool, repositories: OpenRepositories) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        repositories: OpenRepositories,
+        frozen: Frozen,
+        make_storing: Callable[[], Storing],
+        *,
+        lost: Mapping[str, str] | None = None,
+        upload_limit: int = 0,
+    ) -> None:
+        """`lost`: captures that did not survive the last daemon, and why. `upload_limit` is for all."""
         self._journal = journal
-        self._spool = spool
         self._repositories = repositories
+        self._frozen = frozen
+        self._make_storing = make_storing
+        self._lost = dict(lost or {})
+        self._upload_limit = upload_limit
         self._lock = threading.Lock()
         #: Notified when a job is finished or the workers are to stop.
         self._changed = threading.Condition(self._lock)
@@ -136,6 +158,12 @@ class Jobs:
                     return
                 self._changed.wait(left)
 
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Return when a job has been finished, or late."""
+        with self._changed:
+            if not self._stopping:
+                self._changed.wait(timeout_s)
+
     def _finished(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -167,21 +195,24 @@ class _Worker:
         self.started = 0.0
         self.waiting_because = ""
         # The thread's own.
+        self._storing = jobs._make_storing()
         self._pause_s = FIRST_PAUSE_S
         self._unexpected = 0
         self.thread = threading.Thread(target=self._run, name="store", daemon=True)
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICENESS)
-        while not self._jobs.is_stopping:
-            try:
-                self._take_next()
-            except _Stopped:
-                return
-            except Exception as error:
-                # Nothing may end this thread but a stop: the journal itself can be out of space.
-                _log.exception("the worker of %s", self._repository)
-                self._rest(str(error))
+        try:
+            while not self._jobs.is_stopping:
+                try:
+                    self._take_next()
+                except _Stopped:
+                    return
+                except Exception as error:
+                    # Nothing may end this thread but a stop: the journal itself can be out of space.
+                    _log.exception("the worker of %s", self._repository)
+                    self._rest(str(error))
+        finally:
+            self._storing.stop()
 
     def _take_next(self) -> None:
         """Store the oldest job, or wait for one; after trouble, wait for better times."""
@@ -222,7 +253,7 @@ class _Worker:
             self._rest(reason)
         else:
             # Removed meanwhile, by somebody who left its files to whoever was reading them.
-            self._jobs._spool.remove(job.id)
+            self._forget(job)
 
     def _rest(self, reason: str) -> None:
         self.waiting_because = reason
@@ -243,14 +274,10 @@ class _Worker:
                 _put_edit(repository, job)
             self._finish(job)
             return
-        snapshot = None
-        if job.has_files:
-            if not job.is_durable and job.boot_id != current_boot_id():
-                raise CaptureFailed("the machine restarted before the captured files were safe on disk")
-            snapshot = ingest(repository, SnapshotId(job.id), jobs._spool.path(job.id), self._on_progress)
+        snapshot = self._ingest(job) if job.has_files else None
         with jobs.publishing:
             if not self._is_wanted(job):
-                jobs._spool.remove(job.id)
+                self._forget(job)
                 return
             if snapshot is not None:
                 repository.put_snapshot(snapshot)
@@ -262,6 +289,30 @@ class _Worker:
                 stored = record if record.error else dataclasses.replace(record, state="stored")
                 repository.put_checkpoint(stored)
         self._finish(job)
+
+    def _ingest(self, job: Job) -> Snapshot:
+        """Bring the files of a job into the repository; nothing is visible to readers yet."""
+        jobs = self._jobs
+        if job.id in jobs._lost:
+            raise CaptureFailed(jobs._lost[job.id])
+        if not job.is_durable and job.boot_id != current_boot_id():
+            raise CaptureFailed("the machine restarted before the captured files were safe on disk")
+        jobs._frozen.capturer.finish(job.id)
+        limits = [limit for limit in (job.upload_limit, jobs._upload_limit) if limit]
+        root = self._storing.ingest(
+            job.repository,
+            job.id,
+            jobs._journal.entries(job.id),
+            jobs._frozen.spool.path(job.id),
+            upload_limit=min(limits, default=0),
+            on_progress=self._on_progress,
+        )
+        return Snapshot(SnapshotId(job.id), root)
+
+    def _forget(self, job: Job) -> None:
+        """Give up what was frozen for a job."""
+        if job.has_files:
+            self._jobs._frozen.capturer.forget(job.id)
 
     def _is_wanted(self, job: Job) -> bool:
         current = self._jobs._journal.find(job.id)
@@ -278,8 +329,7 @@ class _Worker:
     def _finish(self, job: Job) -> None:
         error = job.checkpoint().error if job.kind == "checkpoint" else ""
         self._jobs._journal.finish(job.id, "failed" if error else "stored", time.time_ns(), error)
-        if job.has_files:
-            self._jobs._spool.remove(job.id)
+        self._forget(job)
         self._jobs._finished()
 
     def _fail(self, job: Job, reason: str) -> None:
@@ -290,7 +340,7 @@ class _Worker:
             repository = jobs._repositories.get(job.repository)
             with jobs.publishing:
                 if not self._is_wanted(job):
-                    jobs._spool.remove(job.id)
+                    self._forget(job)
                     return
                 if job.kind == "experiment":
                     repository.put_experiment(job.experiment())
@@ -302,18 +352,22 @@ class _Worker:
         except ReplicateError as error:
             _log.warning("the record of %s was not written either: %s", short(job.id), error)
         jobs._journal.finish(job.id, "failed", time.time_ns(), reason)
-        if job.has_files:
-            jobs._spool.remove(job.id)
+        self._forget(job)
         jobs._finished()
 
     def _make_durable(self) -> None:
-        """Fsync what waits: jobs that cannot be stored now may have to survive a power cut."""
+        """Copy and fsync what waits: jobs that cannot be stored now may have to survive a power cut."""
+        frozen = self._jobs._frozen
         for job in self._jobs._journal.captured(self._repository):
             if job.has_files and not job.is_durable and job.boot_id == current_boot_id():
+                if self._jobs.is_stopping or job.id in self._jobs._lost:
+                    continue
                 try:
-                    self._jobs._spool.sync(job.id)
-                except OSError as error:
-                    _log.warning("cannot fsync the spool of %s: %s", short(job.id), error)
+                    frozen.capturer.finish(job.id)
+                    frozen.held.secure(job.id)
+                    frozen.spool.sync(job.id)
+                except (OSError, CaptureFailed) as error:
+                    _log.warning("cannot make the files of %s safe: %s", short(job.id), error)
                     return
                 self._jobs._journal.set_durable(job.id)
 

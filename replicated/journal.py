@@ -30,7 +30,7 @@ JobState = Literal["captured", "stored", "failed", "removed"]
 
 #: "RPLJ", so that `file` and a curious reader can tell what it is.
 APPLICATION_ID = 0x52504C4A
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Rows of finished jobs are kept this long for `status` and for retried requests, then forgotten.
 KEEP_FINISHED_NS = 30 * 24 * 3600 * 10**9
 
@@ -45,7 +45,7 @@ CREATE TABLE jobs (
     repository TEXT NOT NULL,
     -- Serialized replicate.v1.Experiment or Checkpoint; for an edit, its JSON.
     record BLOB NOT NULL,
-    -- Whether the spool holds a directory of this id with captured files.
+    -- Whether files were captured; where they are is in the entries.
     has_files INTEGER NOT NULL,
     file_count INTEGER NOT NULL,
     size_bytes INTEGER NOT NULL,
@@ -58,7 +58,15 @@ CREATE TABLE jobs (
     error TEXT NOT NULL DEFAULT '',
     created_ns INTEGER NOT NULL,
     -- 0 until it is stored, failed or removed.
-    finished_ns INTEGER NOT NULL DEFAULT 0
+    finished_ns INTEGER NOT NULL DEFAULT 0,
+    -- What was captured, as in snapshot/entries.py, with the stat and the rung of each file; empty: the
+    -- spool holds it. Emptied when the job is finished.
+    entries BLOB NOT NULL DEFAULT x'',
+    -- Of the files' bytes: what is kept frozen until it is stored, and of that, what lies in the spool.
+    frozen_bytes INTEGER NOT NULL DEFAULT 0,
+    spooled_bytes INTEGER NOT NULL DEFAULT 0,
+    -- Bytes a second that may be sent for it; 0: no limit.
+    upload_limit INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX jobs_by_state ON jobs (state, repository, seq);
 CREATE INDEX jobs_by_experiment ON jobs (experiment_id);
@@ -69,7 +77,25 @@ CREATE TABLE runs (
     start_ticks INTEGER NOT NULL,
     boot_id TEXT NOT NULL
 ) WITHOUT ROWID;
+-- How long calls held up the training, as far as it was told and is in no edit yet.
+CREATE TABLE stalls (
+    experiment_id TEXT PRIMARY KEY,
+    stall_ns INTEGER NOT NULL
+) WITHOUT ROWID;
 """
+
+_UPGRADES = {
+    1: """
+ALTER TABLE jobs ADD COLUMN entries BLOB NOT NULL DEFAULT x'';
+ALTER TABLE jobs ADD COLUMN frozen_bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN spooled_bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN upload_limit INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE stalls (
+    experiment_id TEXT PRIMARY KEY,
+    stall_ns INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +115,11 @@ class Job:
     boot_id: str = ""
     state: JobState = "captured"
     error: str = ""
+    #: Of `size_bytes`: what is kept frozen until it is stored, and of that, what the spool's disk holds.
+    frozen_bytes: int = 0
+    spooled_bytes: int = 0
+    #: Bytes a second that may be sent for it; 0: no limit.
+    upload_limit: int = 0
 
     def experiment(self) -> ExperimentRecord:
         """The record of an experiment's job."""
@@ -110,10 +141,14 @@ class Run:
 
 _COLUMNS = (
     "id, kind, experiment_id, repository, record, created_ns, has_files, file_count, size_bytes, "
-    "is_durable, boot_id, state, error"
+    "is_durable, boot_id, state, error, frozen_bytes, spooled_bytes, upload_limit"
 )
 
 
+_ADD_STALL = (
+    "INSERT INTO stalls VALUES (?, ?) "
+    "ON CONFLICT (experiment_id) DO UPDATE SET stall_ns = stall_ns + excluded.stall_ns"
+)
 _RUN_COLUMNS = "experiment_id, repository, pid, start_ticks, boot_id"
 
 
@@ -122,7 +157,12 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         self._connection = open_database(
-            file, application_id=APPLICATION_ID, user_version=SCHEMA_VERSION, schema=_SCHEMA, durable=True
+            file,
+            application_id=APPLICATION_ID,
+            user_version=SCHEMA_VERSION,
+            schema=_SCHEMA,
+            durable=True,
+            upgrades=_UPGRADES,
         )
         self._lock = threading.Lock()
 
@@ -131,11 +171,15 @@ class Journal:
         with self._lock:
             self._connection.close()
 
-    def add(self, job: Job) -> Job:
-        """Commit a job, or return the one that has its id already; durable on return."""
+    def add(self, job: Job, entries: bytes = b"", stall_ns: int = 0) -> None:
+        """Commit a job unless its id is known; durable on return.
+
+        With it, `entries` is what was captured, and `stall_ns` is added to the experiment's sum: negative
+        when the job itself tells that sum from now on.
+        """
         with self._writing():
-            self._connection.execute(
-                f"INSERT INTO jobs ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) "
+            added = self._connection.execute(
+                f"INSERT INTO jobs ({_COLUMNS}, entries) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) "
                 "ON CONFLICT (id) DO NOTHING",
                 (
                     job.id,
@@ -151,10 +195,20 @@ class Journal:
                     job.boot_id,
                     job.state,
                     job.error,
+                    job.frozen_bytes,
+                    job.spooled_bytes,
+                    job.upload_limit,
+                    entries,
                 ),
             )
-            row = self._connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job.id,)).fetchone()
-        return _job(row)
+            if stall_ns and added.rowcount == 1:
+                self._connection.execute(_ADD_STALL, (job.experiment_id, stall_ns))
+
+    def entries(self, identifier: str) -> bytes:
+        """What was captured for a job, unless the spool holds it."""
+        with self._lock:
+            row = self._connection.execute("SELECT entries FROM jobs WHERE id = ?", (identifier,)).fetchone()
+        return row[0] if row else b""
 
     def find(self, identifier: str) -> Job | None:
         """The job of that id."""
@@ -201,6 +255,20 @@ class Journal:
         """Every job of an experiment, in order."""
         return self._select("WHERE experiment_id = ? ORDER BY seq", (experiment_id,))
 
+    def frozen(self) -> tuple[int, int]:
+        """Bytes that wait to be stored, and of them, those on the spool's disk."""
+        with self._lock:
+            frozen, spooled = self._connection.execute(
+                "SELECT coalesce(sum(frozen_bytes), 0), coalesce(sum(spooled_bytes), 0) FROM jobs "
+                "WHERE state = 'captured'"
+            ).fetchone()
+        return frozen, spooled
+
+    def stalls(self) -> dict[str, int]:
+        """Nanoseconds by experiment, of those that are in no edit yet."""
+        with self._lock:
+            return dict(self._connection.execute("SELECT experiment_id, stall_ns FROM stalls").fetchall())
+
     def set_durable(self, identifier: str) -> None:
         """Commit that the spool of a job was fsynced."""
         with self._writing():
@@ -210,7 +278,8 @@ class Journal:
         """Commit what became of a job; a removed job stays removed."""
         with self._writing():
             self._connection.execute(
-                "UPDATE jobs SET state = ?, error = ?, finished_ns = ? WHERE id = ? AND state != 'removed'",
+                "UPDATE jobs SET state = ?, error = ?, finished_ns = ?, entries = x'' "
+                "WHERE id = ? AND state != 'removed'",
                 (state, error, now_ns, identifier),
             )
 
@@ -218,7 +287,7 @@ class Journal:
         """Turn jobs into tombstones."""
         with self._writing():
             self._connection.executemany(
-                "UPDATE jobs SET state = 'removed', error = '', finished_ns = ? WHERE id = ?",
+                "UPDATE jobs SET state = 'removed', error = '', finished_ns = ?, entries = x'' WHERE id = ?",
                 [(now_ns, identifier) for identifier in identifiers],
             )
 

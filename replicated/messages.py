@@ -12,11 +12,17 @@ from replicate import wire
 from replicate._pb import daemon_pb2 as pb
 from replicate.errors import InvalidArgument
 from replicate.ids import ExperimentId, is_id
+from replicated.admission import DEFAULT_QUEUE_BYTES, DEFAULT_SPOOL_BYTES, Bounds
 from replicated.experiments import Resolution
+from replicated.intake import Terms
 from replicated.journal import Job
 from replicated.mount.registry import MountInfo
 from replicated.snapshot.capture import CaptureRequest
+from replicated.snapshot.freeze import RUNGS
 from replicated.usage import Usage
+
+#: A century: what is more is a mistake, and must not overflow the sum.
+_MAX_STALL_NS = 100 * 365 * 86400 * 10**9
 
 
 def check_repository(url: str) -> str:
@@ -55,12 +61,29 @@ def decode_capture(identifier: str, message: pb.Capture) -> CaptureRequest | Non
             raise InvalidArgument(f"not a path below the project directory: {os.fsdecode(path)!r}")
     if message.mode not in ("", "auto", "copy"):
         raise InvalidArgument(f"unknown capture mode: {message.mode!r}")
+    if message.rung not in ("", *RUNGS):
+        raise InvalidArgument(f"unknown rung: {message.rung!r}", hint=f"use one of {', '.join(RUNGS)}")
     return CaptureRequest(
         identifier=identifier,
         project_directory=message.project_directory,
         paths=tuple(message.paths),
         ignore=tuple(os.fsdecode(pattern) for pattern in message.ignore),
         durable=message.mode == "copy",
+        mapped=frozenset(message.mapped),
+        rung=message.rung,
+    )
+
+
+def decode_terms(message: pb.Capture, *, stall_ns: int = 0, missed_because: str = "") -> Terms:
+    """What a request says besides the record and the files."""
+    return Terms(
+        bounds=Bounds(
+            queue_bytes=message.queue_limit_bytes or DEFAULT_QUEUE_BYTES,
+            spool_bytes=message.spool_limit_bytes or DEFAULT_SPOOL_BYTES,
+        ),
+        upload_limit=message.upload_limit_bytes_s,
+        stall_ns=min(stall_ns, _MAX_STALL_NS),
+        missed_because=missed_because,
     )
 
 

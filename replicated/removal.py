@@ -19,7 +19,7 @@ from replicated.jobs import Jobs
 from replicated.journal import Job, Journal
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
-from replicated.snapshot.spool import Spool
+from replicated.snapshot.capture import Capturer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class Removal:
     def __init__(
         self,
         journal: Journal,
-        spool: Spool,
+        capturer: Capturer,
         jobs: Jobs,
         experiments: Experiments,
         repositories: OpenRepositories,
     ) -> None:
         self._journal = journal
-        self._spool = spool
+        self._capturer = capturer
         self._jobs = jobs
         self._experiments = experiments
         self._repositories = repositories
@@ -92,9 +92,9 @@ class Removal:
                     opened.delete_checkpoint(item.experiment_id, CheckpointId(item.id))
             progress = self._jobs.progress()
             for job in jobs:
-                # The spool of a job that is being read is removed by its worker.
+                # What a job that is being stored has frozen is given up by its worker.
                 if job not in progress.active_ids:
-                    self._spool.remove(job)
+                    self._capturer.forget(job)
 
     def _open(self, repository: str, plan: Sequence[Removable]) -> Repository | None:
         """The repository; None when it is missing and nothing of the plan is in it yet."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from replicate.errors import RepositoryMissing
 from replicated.repository import Repository
-from replicated.store.base import KeyMissing
+from replicated.store import open_store
+from replicated.store.base import KeyMissing, Store
 
 
 class OpenRepositories:
     """Opens repositories on demand. Thread-safe; the lock is held while one is being opened."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, wrap: Callable[[Store], Store] = lambda store: store) -> None:
+        """`wrap` is put around the store of each."""
         self._cache = cache
+        self._wrap = wrap
         self._lock = threading.Lock()
         self._open: dict[str, tuple[Repository, bytes]] = {}
 
@@ -31,9 +35,16 @@ class OpenRepositories:
                     return repository
                 del self._open[url]
                 repository.close()
-            repository = Repository.open(url, cache=self._cache, create=create)
+            store = self._wrap(open_store(url, create=create))
+            repository = Repository.open_on(store, cache=self._cache, create=create)
             self._open[url] = repository, _identity(repository)
             return repository
+
+    def known(self, url: str) -> Repository | None:
+        """The repository at `url` if it is open already; asks nobody, so it costs nothing."""
+        with self._lock:
+            known = self._open.get(url)
+        return known[0] if known else None
 
     def close(self) -> None:
         """Close all; call when no thread uses them any more."""

@@ -128,7 +128,10 @@ class Repository:
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
         """Commit a snapshot whose tree a writer has finished: from now on readers see it."""
-        if self._index.find_missing([snapshot.root.node]):
+        node = [snapshot.root.node]
+        if self._index.find_missing(node):
+            self._index.refresh()  # another process stored it, and may have made its own index anew
+        if self._index.find_missing(node):
             raise InternalError(f"the tree of snapshot {snapshot.id} was not stored before the snapshot")
         self._store.put(_snapshot_key(snapshot.id), [metadata.encode_snapshot(snapshot)])
 

@@ -41,6 +41,7 @@ from replicated.messages import (
     decode_capture,
     decode_directory,
     decode_target,
+    decode_terms,
     encode_failure,
     encode_mount,
     encode_resolution,
@@ -50,6 +51,7 @@ from replicated.mount.table import MountTable
 from replicated.probe import probe_repository
 from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
+from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
 from replicated.tree import diff_trees
 from replicated.usage import measure
@@ -73,6 +75,7 @@ class Services:
     """Everything that requests are passed on to."""
 
     home_spool: Spool
+    held: HeldFiles
     journal: Journal
     intake: Intake
     jobs: Jobs
@@ -119,6 +122,8 @@ class RpcServer:
             options=[
                 ("grpc.max_receive_message_length", wire.MAX_REQUEST_BYTES),
                 ("grpc.max_send_message_length", wire.MAX_REPLY_BYTES),
+                # Clients ask during long calls whether we still live; grpc would take that for an attack.
+                ("grpc.http2.max_ping_strikes", 0),
             ],
         )
         pb_grpc.add_DaemonServicer_to_server(_Servicer(services, self.activity), self._server)  # type: ignore[no-untyped-call]
@@ -200,7 +205,8 @@ class _Servicer(pb_grpc.DaemonServicer):
         record = wire.decode_experiment(request.experiment)
         capture = decode_capture(record.id, request.capture)
         repository = check_repository(request.repository)
-        accepted = self._services.intake.create_experiment(repository, record, capture)
+        terms = decode_terms(request.capture)
+        accepted = self._services.intake.create_experiment(repository, record, capture, terms)
         return self._encode_accepted(repository, accepted)
 
     @_unary
@@ -208,7 +214,10 @@ class _Servicer(pb_grpc.DaemonServicer):
         record = wire.decode_checkpoint(request.checkpoint)
         capture = decode_capture(record.id, request.capture)
         repository = check_repository(request.repository)
-        accepted = self._services.intake.create_checkpoint(repository, record, capture)
+        terms = decode_terms(
+            request.capture, stall_ns=request.stall_ns, missed_because=request.missed_because
+        )
+        accepted = self._services.intake.create_checkpoint(repository, record, capture, terms)
         return self._encode_accepted(repository, accepted)
 
     def _encode_accepted(self, repository: str, accepted: Accepted) -> pb.CaptureReply:
@@ -226,7 +235,12 @@ class _Servicer(pb_grpc.DaemonServicer):
         status = wire.decode_end_status(request.status)
         ended = wire.decode_time(request.ended_ns)
         self._services.intake.end_experiment(
-            check_repository(request.repository), identifier, status, ended, is_exiting=request.is_exiting
+            check_repository(request.repository),
+            identifier,
+            status,
+            ended,
+            is_exiting=request.is_exiting,
+            stall_ns=request.stall_ns,
         )
         jobs = [job for job in self._services.journal.of_experiment(identifier) if job.has_files]
         pending = [job for job in jobs if job.state == "captured"]
@@ -413,6 +427,8 @@ class _Servicer(pb_grpc.DaemonServicer):
             failures=map(encode_failure, failed),
             waiting_because=wire.encode_text(progress.waiting_because),
             mounts=len(services.mounts.list()),
+            leased_files=services.held.count,
+            leased_bytes=services.held.size_bytes,
         )
 
     def _hello(self) -> pb.HelloReply:

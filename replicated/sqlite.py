@@ -7,6 +7,7 @@ What a database holds and what to do when it cannot be used is its owner's matte
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 
 #: How long a statement waits for another process: mounts and the daemon share caches, and a
@@ -24,9 +25,18 @@ class DatabaseUnusable(Exception):
 
 
 def open_database(
-    path: Path, *, application_id: int, user_version: int, schema: str, durable: bool
+    path: Path,
+    *,
+    application_id: int,
+    user_version: int,
+    schema: str,
+    durable: bool,
+    upgrades: Mapping[int, str] | None = None,
 ) -> sqlite3.Connection:
     """A connection to the database at `path`, which is made with `schema` when it is new.
+
+    `upgrades` has the statements that bring a database of an older version to the next one; without
+    those for its version, an older database cannot be used.
 
     `with connection:` commits what was written within, or rolls it back when an exception passes;
     transactions that write begin as such, so that waiting for another process works. May be used from
@@ -41,7 +51,7 @@ def open_database(
         connection = sqlite3.connect(
             path, timeout=BUSY_TIMEOUT_S, isolation_level="IMMEDIATE", check_same_thread=False
         )
-        _check_identity(connection, path, application_id, user_version)
+        _check_identity(connection, path, application_id, user_version, upgrades or {})
         # In WAL mode NORMAL loses acknowledged commits at power cuts (tried: 36 of 40 on ext4).
         connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         connection.execute("PRAGMA journal_mode = WAL")
@@ -49,6 +59,7 @@ def open_database(
         _create_schema(connection, application_id, user_version, schema)
         if durable:
             _check_pages(connection, path)
+        _upgrade(connection, user_version, upgrades or {})
     except sqlite3.Error as error:
         if connection is not None:
             connection.close()
@@ -61,7 +72,11 @@ def open_database(
 
 
 def _check_identity(
-    connection: sqlite3.Connection, path: Path, application_id: int, user_version: int
+    connection: sqlite3.Connection,
+    path: Path,
+    application_id: int,
+    user_version: int,
+    upgrades: Mapping[int, str],
 ) -> None:
     # In one transaction, because another process may be making the database at this moment.
     connection.execute("BEGIN")
@@ -73,7 +88,8 @@ def _check_identity(
         return
     if found_application != application_id:
         raise DatabaseUnusable(path, f"it belongs to another application: {found_application:#010x}")
-    if found_version != user_version:
+    is_upgradable = all(version in upgrades for version in range(found_version, user_version))
+    if found_version > user_version or not is_upgradable:
         age = "a newer" if found_version > user_version else "an older"
         raise DatabaseUnusable(path, f"it was written by {age} version: {found_version}")
 
@@ -94,6 +110,17 @@ def _create_schema(
         for statement in _split_statements(schema):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {application_id}")
+        connection.execute(f"PRAGMA user_version = {user_version}")
+
+
+def _upgrade(connection: sqlite3.Connection, user_version: int, upgrades: Mapping[int, str]) -> None:
+    """Bring an older database up to date; all of it in one transaction, or nothing."""
+    connection.execute("BEGIN IMMEDIATE")
+    with connection:
+        (found,) = connection.execute("PRAGMA user_version").fetchone()
+        for version in range(found, user_version):
+            for statement in _split_statements(upgrades[version]):
+                connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {user_version}")
 
 

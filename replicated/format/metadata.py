@@ -57,6 +57,8 @@ class EndEdit:
 
     status: EndStatus
     time: datetime
+    #: How long calls of this library held up the training, in nanoseconds; 0: not told.
+    stall_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,8 @@ def decode_checkpoint(data: bytes) -> CheckpointRecord:
 def encode_edit(edit: Edit) -> bytes:
     """`edits/<experiment id>/<id>.json`."""
     if isinstance(edit, EndEdit):
-        return _seal({"type": "end", "status": edit.status, "time": format_time(edit.time)})
+        told = {"stall_ns": edit.stall_ns} if edit.stall_ns else {}
+        return _seal({"type": "end", "status": edit.status, "time": format_time(edit.time), **told})
     return _seal({"type": "resume", "time": format_time(edit.time)})
 
 
@@ -186,7 +189,8 @@ def decode_edit(data: bytes) -> Edit | None:
     if kind != "end":
         return None
     status = _choice(members, "status", get_args(EndStatus))
-    return EndEdit(status, members.time("time"))  # type: ignore[arg-type]  # checked the line before
+    stall_ns = members.natural("stall_ns", 0)
+    return EndEdit(status, members.time("time"), stall_ns)  # type: ignore[arg-type]  # checked above
 
 
 def encode_heartbeat(heartbeat: Heartbeat) -> bytes:

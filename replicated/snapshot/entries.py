@@ -34,6 +34,8 @@ HELD: Final = 3
 LINK: Final = 4
 
 Source: TypeAlias = "tuple[Any, ...]"
+#: A `Row` without the names of its fields: making one costs a fifth.
+PlainRow: TypeAlias = "tuple[bytes, int, int, int, int, int]"
 
 _DIRECTORY: Final = 0
 _SAME_TREE: Final = 1
@@ -99,7 +101,7 @@ def held_name(number: int) -> str:
     return f"held-{number}"
 
 
-def pack_rows(rows: Sequence[tuple[bytes, int, int, int, int, int]]) -> bytes:
+def pack_rows(rows: Sequence[PlainRow]) -> bytes:
     """Rows as bytes; equal rows give equal bytes."""
     try:
         return _pack(rows)

@@ -78,6 +78,7 @@ OBJECTS = {
     "experiment": (encode_experiment, decode_experiment, EXPERIMENT),
     "checkpoint": (encode_checkpoint, decode_checkpoint, CHECKPOINT),
     "end": (encode_edit, decode_edit, EndEdit("killed", TIME)),
+    "end with a stall": (encode_edit, decode_edit, EndEdit("stopped", TIME, 2**62)),
     "resume": (encode_edit, decode_edit, ResumeEdit(TIME)),
     "snapshot": (encode_snapshot, decode_snapshot, SNAPSHOT),
     "settings": (

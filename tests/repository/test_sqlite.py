@@ -131,3 +131,40 @@ def test_what_was_committed_survives_the_death_of_the_process(tmp_path: Path) ->
     assert done.returncode == -9
     with closing(open_test(tmp_path / "db")) as connection:
         assert connection.execute("SELECT value FROM numbers").fetchall() == [(7,)]
+
+
+UPGRADES = {
+    1: "ALTER TABLE numbers ADD COLUMN sign TEXT DEFAULT '+';\nCREATE TABLE more (x INTEGER);",
+    2: "INSERT INTO more VALUES (42);",
+}
+
+
+def open_upgrading(path: Path, version: int, upgrades: dict[int, str]) -> sqlite3.Connection:
+    return open_database(
+        path, application_id=0x1234, user_version=version, schema=SCHEMA, durable=True, upgrades=upgrades
+    )
+
+
+def test_older_database_is_brought_up_to_date_step_by_step(tmp_path: Path) -> None:
+    with closing(open_test(tmp_path / "db", version=1)) as connection, connection:
+        connection.execute("INSERT INTO numbers (value) VALUES (7)")
+    for _ in range(2):
+        with closing(open_upgrading(tmp_path / "db", 3, UPGRADES)) as connection:
+            assert connection.execute("SELECT value, sign FROM numbers").fetchall() == [(7, "+")]
+            assert connection.execute("SELECT x FROM more").fetchall() == [(42,)]
+            assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+
+
+def test_upgrade_that_fails_leaves_the_database_as_it_was(tmp_path: Path) -> None:
+    open_test(tmp_path / "db", version=1).close()
+    with pytest.raises(DatabaseUnusable, match="no such table"):
+        open_upgrading(tmp_path / "db", 3, {**UPGRADES, 2: "INSERT INTO nowhere VALUES (1);"})
+    with closing(open_test(tmp_path / "db", version=1)) as connection:
+        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        assert names == {"numbers", "by_value"}
+
+
+def test_older_database_without_all_upgrades_is_refused(tmp_path: Path) -> None:
+    open_test(tmp_path / "db", version=1).close()
+    with pytest.raises(DatabaseUnusable, match="older version: 1"):
+        open_upgrading(tmp_path / "db", 3, {2: UPGRADES[2]})

@@ -21,15 +21,15 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from replicate.errors import CaptureFailed
 from replicated.snapshot import duplicate, file_systems, leases
 from replicated.snapshot.entries import held_name
 from replicated.snapshot.held_copies import HeldCopies, Owner
 from replicated.snapshot.held_queues import Delayed, SmallestFirst
+from replicated.snapshot.holdings import HeldFile, Holding, Holdings
 from replicated.snapshot.leases import block_signals as block_signals
 from replicated.snapshot.slots import Slots
 
@@ -45,17 +45,6 @@ _LOST_HINT: Final = "`capture: copy` in the configuration copies every file befo
 
 _log = logging.getLogger(__name__)
 
-_Identity: TypeAlias = "tuple[int, int, int, int, int]"
-
-
-class Holding(NamedTuple):
-    """One held file of a snapshot."""
-
-    #: Unique within the snapshot, from 0.
-    number: int
-    #: Taken under the lease: this is the file that will be stored.
-    info: os.stat_result
-
 
 class OpenedHeld(NamedTuple):
     """A held file to be read; the descriptor is the caller's to close."""
@@ -63,34 +52,6 @@ class OpenedHeld(NamedTuple):
     descriptor: int
     #: Bytes that were read while the byte of this slot is 0 are good. None: a copy that nobody changes.
     slot: int | None
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """One file that is held for snapshots; guarded by `HeldFiles._lock`, except what never changes."""
-
-    #: -1 once the lease is given up. Who is busy with the file may use it without the lock.
-    descriptor: int
-    info: os.stat_result
-    #: None for a copy from before a restart, and once it is free again.
-    slot: int | None
-    #: When the lease was taken, by `time.monotonic`.
-    held_at: float
-    owners: set[Owner] = field(default_factory=set)
-    #: One thread copies the file, or makes its copies durable.
-    is_busy: bool = False
-    #: Until when what is read is believed; None while no writer waits.
-    deadline: float | None = None
-    #: Each owner has a complete copy.
-    is_copied: bool = False
-    #: Why nobody will have one.
-    lost: str = ""
-
-
-@dataclass(slots=True)
-class _Snapshot:
-    holdings: dict[int, _Held] = field(default_factory=dict)
-    next_number: int = 0
 
 
 class _Abandoned(Exception):
@@ -121,15 +82,13 @@ class HeldFiles:
         #: A file is not busy any more.
         self._not_busy = threading.Condition(self._lock)
         self._is_running = False
-        self._snapshots: dict[str, _Snapshot] = {}
-        self._leased: dict[int, _Held] = {}
-        self._leased_bytes = 0
-        self._by_identity: dict[_Identity, _Held] = {}
+        self._is_stopped = False
+        self._holdings = Holdings(self._slots)
         #: When the last look at all leases began.
         self._scanned_at = 0.0
         #: Files that writers wait for.
-        self._rescues: SmallestFirst[_Held] = SmallestFirst()
-        self._reflinks: Delayed[_Held] = Delayed(_REFLINK_AFTER_S)
+        self._rescues: SmallestFirst[HeldFile] = SmallestFirst()
+        self._reflinks: Delayed[HeldFile] = Delayed(_REFLINK_AFTER_S)
         #: Devices whose files cannot share blocks with the spool.
         self._unshared: set[int] = set()
         #: A file of this size could not be copied in time once.
@@ -152,22 +111,29 @@ class HeldFiles:
             raise RuntimeError("the thread that waits for broken leases has died")
 
     def stop(self) -> None:
-        """Finish the copies that writers wait for, then give up all leases; the copies stay."""
+        """Finish the copies that writers wait for, then give up all leases; the copies stay. Final.
+
+        May be called twice, and without a start.
+        """
         with self._lock:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
             self._is_running = False
         self._rescues.close()
         self._reflinks.close()
         for worker in self._workers:
             worker.join()
         with self._lock:
-            held_files = list(self._leased.values())
+            held_files = list(self._holdings.leased.values())
             self._wait_until_not_busy(held_files)
-            descriptors = [self._detach(held) for held in held_files if held.descriptor >= 0]
+            descriptors = [self._end_lease(held) for held in held_files if held.is_leased]
         for descriptor in descriptors:
             leases.close(descriptor)
         if self._waiter is not None and self._watcher is not None:
             self._waiter.wake()
             self._watcher.join()
+            self._waiter.close()
         self._slots.close()
 
     @property
@@ -178,12 +144,12 @@ class HeldFiles:
     @property
     def count(self) -> int:
         """How many files are leased now."""
-        return len(self._leased)
+        return len(self._holdings.leased)
 
     @property
     def size_bytes(self) -> int:
         """How much the files that are leased now hold."""
-        return self._leased_bytes
+        return self._holdings.leased_bytes
 
     # ---------------------------------------------------------------- holding
 
@@ -198,25 +164,25 @@ class HeldFiles:
     def share(self, snapshot: str, info: os.stat_result) -> Holding | None:
         """Hold the file that had this stat for one more snapshot, if it is leased and unchanged since."""
         with self._lock:
-            held = self._by_identity.get(_identity(info))
+            held = self._holdings.find_leased(info)
             if held is None or not self._is_running or not leases.is_whole(held.descriptor):
                 return None
-            return Holding(self._add_owner(held, snapshot, None), held.info)
+            return Holding(self._holdings.add_owner(held, snapshot), held.info)
 
     def adopt(self, snapshot: str, number: int, descriptor: int | None) -> bool:
         """Hold again, under its number, what was held before a restart; False when that cannot be.
 
         With a descriptor as `hold` does: compare its stat with the recorded one after this, and release it
-        if they differ. None: find the copy in the spool.
+        if they differ. None: what the spool has is the copy.
         """
         if descriptor is not None:
             return self._hold(snapshot, descriptor, number) is not None
         path = self._copies.find((snapshot, number))
         if path is None:
             return False
-        held = _Held(-1, path.stat(), None, 0.0, is_copied=True)
+        held = HeldFile(-1, path.stat(), None, is_copied=True)
         with self._lock:
-            self._add_owner(held, snapshot, number)
+            self._holdings.add_owner(held, snapshot, number)
         return True
 
     def _hold(self, snapshot: str, descriptor: int, number: int | None) -> Holding | None:
@@ -227,38 +193,27 @@ class HeldFiles:
             slot = self._slots.take() if self._is_running else None
         if slot is None:
             return None
-        info = None
         if leases.take(descriptor, waiter.thread):
-            info = os.fstat(descriptor)
-            if info.st_size >= self._too_large:
-                leases.give_up(descriptor)
-                info = None
-        if info is None:
+            held = HeldFile(descriptor, os.fstat(descriptor), slot, time.monotonic())
             with self._lock:
-                self._slots.give_back(slot)
-            return None
-        held = _Held(descriptor, info, slot, time.monotonic())
+                if self._is_running and held.info.st_size < self._too_large:
+                    return Holding(self._add(held, waiter, snapshot, number), held.info)
+            leases.give_up(descriptor)
         with self._lock:
-            if not self._leased:
-                waiter.wake()  # it looks at the leases now and then only while there are some
-            self._leased[descriptor] = held
-            self._leased_bytes += info.st_size
-            self._by_identity[_identity(info)] = held
-            number = self._add_owner(held, snapshot, number)
-            if info.st_dev not in self._unshared:
-                self._reflinks.put(held)
-            # A break that came before this was in the tables was told to nobody.
-            if not leases.is_whole(descriptor):
-                self._note_break(held)
-        return Holding(number, info)
+            self._slots.give_back(slot)
+        return None
 
-    def _add_owner(self, held: _Held, snapshot: str, number: int | None) -> int:
-        of_snapshot = self._snapshots.setdefault(snapshot, _Snapshot())
-        if number is None:
-            number = of_snapshot.next_number
-        of_snapshot.next_number = max(of_snapshot.next_number, number + 1)
-        of_snapshot.holdings[number] = held
-        held.owners.add((snapshot, number))
+    def _add(self, held: HeldFile, waiter: leases.BreakWaiter, snapshot: str, number: int | None) -> int:
+        """Enter a file whose lease has been taken; with the lock."""
+        if not self._holdings.leased:
+            waiter.wake()  # it looks at the leases now and then only while there are some
+        self._holdings.add_leased(held)
+        number = self._holdings.add_owner(held, snapshot, number)
+        if held.info.st_dev not in self._unshared:
+            self._reflinks.put(held)
+        # A break that came before this was in the tables was told to nobody.
+        if not leases.is_whole(held.descriptor):
+            self._note_break(held)
         return number
 
     # ---------------------------------------------------------------- reading
@@ -269,14 +224,14 @@ class HeldFiles:
         Raises `CaptureFailed` when the file is lost, and OSError when it cannot be opened now.
         """
         with self._lock:
-            held = self._snapshots.get(snapshot, _Snapshot()).holdings.get(number)
+            held = self._holdings.find(snapshot, number)
             if held is None:
                 raise CaptureFailed(f"the file is not held for this snapshot: {number}")
             while not held.is_copied:
                 if held.lost:
                     raise CaptureFailed(held.lost, hint=_LOST_HINT)
-                if held.descriptor < 0:
-                    raise OSError(errno.ESHUTDOWN, "the daemon is stopping")
+                if not held.is_leased:
+                    raise OSError(errno.ESHUTDOWN, "the file is not held any more")
                 if leases.is_whole(held.descriptor):
                     return OpenedHeld(fcntl.fcntl(held.descriptor, fcntl.F_DUPFD_CLOEXEC, 0), held.slot)
                 self._note_break(held)
@@ -289,8 +244,8 @@ class HeldFiles:
     def lost(self, snapshot: str) -> str:
         """Why a file of the snapshot is lost; empty when none is."""
         with self._lock:
-            holdings = self._snapshots.get(snapshot, _Snapshot()).holdings
-            return next((held.lost for held in holdings.values() if held.lost), "")
+            files = self._holdings.of_snapshot(snapshot)
+        return next((held.lost for held in files.values() if held.lost), "")
 
     def release(self, snapshot: str, number: int | None = None) -> None:
         """A file, or every file, of the snapshot is stored or not wanted; harmless when it is not held.
@@ -298,25 +253,12 @@ class HeldFiles:
         When this returns, nothing more is written for it to the spool of the snapshot.
         """
         with self._lock:
-            of_snapshot = self._snapshots.get(snapshot)
-            if of_snapshot is None:
-                return
-            released = []
-            for which in list(of_snapshot.holdings) if number is None else [number]:
-                held = of_snapshot.holdings.pop(which, None)
-                if held is not None:
-                    held.owners.discard((snapshot, which))
-                    released.append(held)
-            if number is None:
-                del self._snapshots[snapshot]
-            self._wait_until_not_busy(released)
-            descriptors = []
-            for held in released:
-                if not held.owners and held.slot is not None:
-                    if held.descriptor >= 0:
-                        descriptors.append(self._detach(held))
-                    self._slots.give_back(held.slot)
-                    held.slot = None
+            disowned = self._holdings.disown(snapshot, number)
+            self._wait_until_not_busy(disowned)
+            unwanted = [held for held in disowned if not held.owners]
+            descriptors = [self._end_lease(held) for held in unwanted if held.is_leased]
+            for held in unwanted:
+                self._holdings.give_back_slot(held)
         for descriptor in descriptors:
             leases.close(descriptor)
 
@@ -329,23 +271,22 @@ class HeldFiles:
         finally:
             ready.set()
         next_scan = 0.0
-        while self._is_running or self._leased:
-            timeout_s = max(0.0, next_scan - time.monotonic()) if self._leased else None
+        while self._is_running or self._holdings.leased:
+            timeout_s = max(0.0, next_scan - time.monotonic()) if self._holdings.leased else None
             breaks = waiter.wait(timeout_s)
             with self._lock:
                 for descriptor in breaks.descriptors:
-                    held = self._leased.get(descriptor)
+                    held = self._holdings.leased.get(descriptor)
                     if held is not None and not leases.is_whole(descriptor):
                         self._note_break(held)
             if breaks.missed_some or time.monotonic() >= next_scan:
                 self._scan()
                 next_scan = time.monotonic() + _SCAN_INTERVAL_S
-        waiter.close()
 
     def _scan(self) -> None:
         """Look at all leases, mostly without the lock: thousands of them take milliseconds."""
         began = time.monotonic()
-        suspects = [pair for pair in list(self._leased.items()) if not leases.is_whole(pair[0])]
+        suspects = [pair for pair in list(self._holdings.leased.items()) if not leases.is_whole(pair[0])]
         with self._lock:
             for descriptor, held in suspects:
                 # It may have been closed, and the number be in use for another file.
@@ -353,7 +294,7 @@ class HeldFiles:
                     self._note_break(held)
             self._scanned_at = began
 
-    def _note_break(self, held: _Held) -> None:
+    def _note_break(self, held: HeldFile) -> None:
         """A writer waits for this file: have it copied. With the lock."""
         if held.deadline is not None:
             return
@@ -380,7 +321,7 @@ class HeldFiles:
                     self._too_large = min(self._too_large, held.info.st_size)
                 self._lose(held, error)
 
-    def _lose(self, held: _Held, error: Exception) -> None:
+    def _lose(self, held: HeldFile, error: Exception) -> None:
         """There will be no copy: say why, and let the writers go on."""
         try:
             path = os.readlink(f"/proc/self/fd/{held.descriptor}")
@@ -390,36 +331,36 @@ class HeldFiles:
         why = f"a file was opened for writing before it was stored, and could not be copied: {path}: {reason}"
         with self._lock:
             held.lost = why
-            descriptor = self._detach(held)
+            descriptor = self._end_lease(held)
         leases.close(descriptor)
 
     # ---------------------------------------------------------------- copying
 
     def secure(self, snapshot: str) -> None:
-        """Have all files of a snapshot in its spool, so that they survive the end of daemon and machine.
+        """Have all files of a snapshot in its spool, so that they survive the end of the daemon.
 
         Raises OSError when that cannot be; what was not copied is then held as before. Lost files are passed
         over: see `lost`.
         """
         with self._lock:
-            holdings = dict(self._snapshots.get(snapshot, _Snapshot()).holdings)
-        for number, held in holdings.items():
-            if self._claim(held, wait=True):
-                try:
-                    self._copy(held)
-                except _Abandoned:
-                    self._leave(held)
-                except BaseException:
-                    self._leave(held)
-                    raise
-            self._make_durable(held, (snapshot, number))
+            files = self._holdings.of_snapshot(snapshot)
+        for held in files.values():
+            if not self._claim(held, wait=True):
+                continue
+            try:
+                self._copy(held)
+            except _Abandoned:
+                self._leave(held)
+            except BaseException:
+                self._leave(held)
+                raise
 
-    def _claim(self, held: _Held, *, wait: bool) -> bool:
+    def _claim(self, held: HeldFile, *, wait: bool) -> bool:
         """Be the one that is busy with a file, if it is leased and nobody is, or to be waited for."""
         with self._lock:
             if wait:
                 self._wait_until_not_busy([held])
-            if held.is_busy or held.descriptor < 0:
+            if held.is_busy or not held.is_leased:
                 return False
             held.is_busy = True
             return True
@@ -436,9 +377,11 @@ class HeldFiles:
                     self._unshared.add(held.info.st_dev)
             except (OSError, _Abandoned):
                 pass  # held as before
+            except Exception:
+                _log.exception("a held file could not be reflinked")
             self._leave(held)
 
-    def _copy(self, held: _Held, *, by_reflink_only: bool = False) -> bool:
+    def _copy(self, held: HeldFile, *, by_reflink_only: bool = False) -> bool:
         """Give each owner a copy, then give up the lease; False when only a reflink will do and cannot be.
 
         The caller is busy with the file, and still is unless this returns True.
@@ -449,26 +392,29 @@ class HeldFiles:
             raise _Abandoned
         if by_reflink_only and not self._may_reflink(held, owner):
             return False
-        temporary, descriptor = self._copies.begin(owner)
+        temporary, destination = self._copies.begin(owner)
+        is_published = False
         try:
             try:
-                is_whole = self._duplicate(held, descriptor, by_reflink_only)
+                is_whole = self._duplicate(held, destination, by_reflink_only)
             finally:
-                os.close(descriptor)
+                os.close(destination)
             if is_whole:
                 self._publish(held, temporary)
+                is_published = True
         finally:
-            temporary.unlink(missing_ok=True)
-        return is_whole
+            if not is_published:
+                temporary.unlink(missing_ok=True)
+        return is_published
 
-    def _may_reflink(self, held: _Held, owner: Owner) -> bool:
+    def _may_reflink(self, held: HeldFile, owner: Owner) -> bool:
         parent = self._copies.open_parent(owner)
         try:
             return file_systems.may_share_blocks(held.descriptor, parent)
         finally:
             os.close(parent)
 
-    def _duplicate(self, held: _Held, destination: int, by_reflink_only: bool) -> bool:
+    def _duplicate(self, held: HeldFile, destination: int, by_reflink_only: bool) -> bool:
         """Duplicate the file as it was when it was held; False when only a reflink will do and cannot be."""
         source = held.descriptor
         before = os.fstat(source)
@@ -486,7 +432,7 @@ class HeldFiles:
             raise OSError(errno.EBUSY, "it changed while it was copied")
         return True
 
-    def _check(self, held: _Held) -> None:
+    def _check(self, held: HeldFile) -> None:
         """Raise unless the copy is wanted still, and what was read up to now is the file as it was held."""
         with self._lock:
             if not held.owners:
@@ -496,7 +442,7 @@ class HeldFiles:
             if held.deadline is not None and time.monotonic() > held.deadline:
                 raise TimeoutError(errno.ETIMEDOUT, "it took longer than the kernel lets a writer wait")
 
-    def _publish(self, held: _Held, path: Path) -> None:
+    def _publish(self, held: HeldFile, path: Path) -> None:
         """Give each owner the complete copy at this path, then let the writers go on."""
         served: set[Owner] = set()
         while True:
@@ -506,59 +452,35 @@ class HeldFiles:
                 waiting = held.owners - served
                 if not waiting:
                     held.is_copied = True
-                    descriptor = self._detach(held)
+                    descriptor = self._end_lease(held)
                     break
             for owner in waiting:
                 path = self._copies.give(path, owner, is_temporary=not served)
                 served.add(owner)
         leases.close(descriptor)
 
-    def _make_durable(self, held: _Held, owner: Owner) -> None:
-        with self._lock:
-            self._wait_until_not_busy([held])
-            if not held.is_copied or owner not in held.owners:
-                return
-            held.is_busy = True
-        try:
-            if not self._copies.is_durable(owner):
-                self._copies.make_durable(owner)
-        finally:
-            self._leave(held)
+    def _end_lease(self, held: HeldFile) -> int:
+        """What was to be done with a leased file is done; with the lock. The caller closes what this returns.
 
-    def _leave(self, held: _Held) -> None:
+        Not under the lock: closing a removed file frees its blocks, which takes time.
+        """
+        held.is_busy = False
+        self._not_busy.notify_all()
+        return self._holdings.end_lease(held)
+
+    def _leave(self, held: HeldFile) -> None:
         """Be busy with it no more."""
         with self._lock:
             held.is_busy = False
             self._not_busy.notify_all()
-            if held.deadline is not None and held.descriptor >= 0 and held.owners:
+            if held.deadline is not None and held.is_leased and held.owners:
                 self._rescues.put(held.info.st_size, held)
 
-    def _wait_until_not_busy(self, held_files: Iterable[_Held]) -> None:
+    def _wait_until_not_busy(self, held_files: Iterable[HeldFile]) -> None:
         """With the lock, which others can have meanwhile."""
         for held in held_files:
             while held.is_busy:
                 self._not_busy.wait()
-
-    def _detach(self, held: _Held) -> int:
-        """Take a leased file out of the tables; with the lock. The caller closes what this returns.
-
-        That lets the writers go on, so the flag is set here, before. Not closed here: of a removed file, it
-        frees the blocks, which takes time.
-        """
-        assert held.slot is not None
-        self._slots.flag(held.slot)
-        descriptor, held.descriptor = held.descriptor, -1
-        del self._leased[descriptor]
-        self._leased_bytes -= held.info.st_size
-        if self._by_identity.get(_identity(held.info)) is held:
-            del self._by_identity[_identity(held.info)]
-        held.is_busy = False
-        self._not_busy.notify_all()
-        return descriptor
-
-
-def _identity(info: os.stat_result) -> _Identity:
-    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def _begin(name: str, target: Callable[..., None], *arguments: object) -> threading.Thread:

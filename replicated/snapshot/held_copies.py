@@ -1,21 +1,16 @@
-"""Copies of held files in the spools of their snapshots: where they are, and when they are believed.
+"""Copies of held files in the spools of their snapshots: `held-<n>`, `held-<n>.tmp` while one is being made.
 
-    held-<n>.tmp         being made; never believed
-    held-<n>.<boot id>   complete, not yet on the disk: believed as long as this machine runs
-    held-<n>             complete and durable
-
-Called by `held`, which sees to it that one thread at a time works on the copies of a file.
+Called by `held`, which sees to it that one thread at a time works on the copies of a file. Nothing is flushed
+here: a copy survives the end of the daemon, and that of the machine once the spool is synced.
 """
 
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from replicated.processes import current_boot_id
 from replicated.snapshot.entries import held_name
 
 #: A snapshot, and the number of the held file in it.
@@ -29,7 +24,6 @@ class HeldCopies:
 
     def __init__(self, spool_path: Callable[[str], Path]) -> None:
         self._spool_path = spool_path
-        self._fresh_suffix = f".{current_boot_id() or uuid.uuid4()}"
 
     def open_parent(self, owner: Owner) -> int:
         """Open the directory that the spool directory of an owner is, or would be, in."""
@@ -43,7 +37,7 @@ class HeldCopies:
 
     def give(self, path: Path, owner: Owner, *, is_temporary: bool) -> Path:
         """Make the complete copy at `path` that of an owner too; the name of a temporary one is gone then."""
-        own = self._path(owner, self._fresh_suffix)
+        own = self._path(owner)
         own.parent.mkdir(mode=0o700, exist_ok=True)
         if is_temporary:
             path.rename(own)
@@ -54,33 +48,9 @@ class HeldCopies:
 
     def find(self, owner: Owner) -> Path | None:
         """The complete copy of an owner."""
-        # In this order: the first is renamed to the second.
-        for suffix in (self._fresh_suffix, ""):
-            path = self._path(owner, suffix)
-            if path.exists():
-                return path
-        return None
-
-    def is_durable(self, owner: Owner) -> bool:
-        """Whether the copy of an owner survives the end of the machine."""
-        return self._path(owner).exists()
-
-    def make_durable(self, owner: Owner) -> None:
-        """Make a complete copy survive the end of the machine."""
-        fresh = self._path(owner, self._fresh_suffix)
-        _fsync(fresh)
-        fresh.rename(self._path(owner))
-        _fsync(fresh.parent)
-        _fsync(fresh.parent.parent)
+        path = self._path(owner)
+        return path if path.exists() else None
 
     def _path(self, owner: Owner, suffix: str = "") -> Path:
         snapshot, number = owner
         return self._spool_path(snapshot) / (held_name(number) + suffix)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

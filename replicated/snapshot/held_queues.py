@@ -29,15 +29,19 @@ class SmallestFirst(Generic[_Item]):
         """Add one."""
         with self._changed:
             heapq.heappush(self._heap, (size, next(self._arrivals), item))
-            # All: the one thread that woke up might be one that leaves this size to the others.
-            self._changed.notify_all()
+            self._changed.notify()
 
     def take(self, max_size: int | None = None) -> _Item | None:
-        """Wait for one that is not larger than `max_size`; None when it is closed and there is none."""
+        """Wait for one that is not larger than `max_size`; None when it is closed and there is none.
+
+        At most one thread at a time may give a `max_size`.
+        """
         with self._changed:
             while not self._heap or (max_size is not None and self._heap[0][0] > max_size):
                 if self._is_closed:
                     return None
+                if self._heap:
+                    self._changed.notify()  # too large for this thread, not for the next
                 self._changed.wait()
             return heapq.heappop(self._heap)[2]
 

@@ -15,6 +15,7 @@ import select
 import signal
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -41,7 +42,7 @@ class Breaks(NamedTuple):
 
 
 class BreakWaiter:
-    """Where the thread that makes it hears of broken leases. Only that thread waits and closes."""
+    """Where the thread that makes it hears of broken leases; no other may wait."""
 
     def __init__(self) -> None:
         self.thread = threading.get_native_id()
@@ -56,10 +57,8 @@ class BreakWaiter:
     def wait(self, timeout_s: float | None) -> Breaks:
         """Wait for broken leases, for `wake` from any thread, or for the time to pass."""
         self._poll.poll(None if timeout_s is None else timeout_s * 1000)
-        try:
+        with suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
         try:
             data = os.read(self._signals, _SIGNALS_A_READ * _SIGNAL_INFO_BYTES)
         except BlockingIOError:
@@ -80,7 +79,7 @@ class BreakWaiter:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """Stop hearing; all leases have been given up before."""
+        """Stop hearing: all leases have been given up, and the thread has ended."""
         os.close(self._signals)
         os.close(self._wake)
 
@@ -119,16 +118,16 @@ def is_whole(descriptor: int) -> bool:
 
 def give_up(descriptor: int) -> None:
     """Let the writers go on; harmless when there is no lease."""
-    try:
+    with suppress(OSError):  # it was broken by force
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError:
-        pass  # broken by force before
 
 
 def close(descriptor: int) -> None:
     """Give up the lease of a descriptor and close it."""
+    # By name: a duplicate that the store process has not closed yet would keep it.
     give_up(descriptor)
-    os.close(descriptor)
+    with suppress(OSError):  # nothing was written through it that could be lost
+        os.close(descriptor)
 
 
 def break_time_s() -> float:

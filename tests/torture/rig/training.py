@@ -127,18 +127,20 @@ class Files:
 
     def prepare(self, random: Random) -> None:
         """Change some files, leave others as the attacks have left them."""
-        for number, size in enumerate(self._sizes):
-            path = self._top / f"{number}-{size}"
-            if random.random() < 0.5:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.is_symlink():
-                    path.unlink()
-                random.choice([self._save, self._save_by_renaming])(path, writers.content(random, size))
-        with (self._top / "sparse").open("wb") as file:
-            file.truncate(8 << 20)
-            file.seek(random.randrange(8 << 20))
-            file.write(writers.content(random, 5000))
+        saved = {self._top / f"{number}-{size}": size for number, size in enumerate(self._sizes)}
+        for path in sorted(self._top.iterdir()):
+            is_as_saved = path in saved and path.is_file() and not path.is_symlink()
+            if not is_as_saved and random.random() < 0.5:
+                _remove(path)
+        for path, size in saved.items():
+            if random.random() < 0.5 and (path.is_file() or not os.path.lexists(path)):
+                random.choice([_save, _save_by_renaming])(path, writers.content(random, size))
+        sparse = self._top / "sparse"
+        if not os.path.lexists(sparse):
+            with sparse.open("wb") as file:
+                file.truncate(8 << 20)
+                file.seek(random.randrange(8 << 20))
+                file.write(writers.content(random, 5000))
 
     def paths(self, random: Random, rung: str) -> list[str]:
         # A file that is open for writing cannot be leased.
@@ -169,12 +171,21 @@ class Files:
     def _regular_files(self) -> list[str]:
         return [str(path) for path in sorted(self._top.iterdir()) if path.is_file() and not path.is_symlink()]
 
-    def _save(self, path: Path, data: bytes) -> None:
-        path.write_bytes(data)
 
-    def _save_by_renaming(self, path: Path, data: bytes) -> None:
-        path.with_name("saving").write_bytes(data)
-        path.with_name("saving").replace(path)
+def _save(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _save_by_renaming(path: Path, data: bytes) -> None:
+    path.with_name("saving").write_bytes(data)
+    path.with_name("saving").replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class Tree:

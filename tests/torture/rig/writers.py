@@ -93,7 +93,7 @@ def store_through_a_map(path: Path, random: Random) -> None:
 
 
 def move_and_rewrite(path: Path, random: Random) -> None:
-    moved = path.with_name(path.name + ".moved")
+    moved = path.with_name(f"moved-{random.random()}")
     path.rename(moved)
     rewrite(moved, random)
 

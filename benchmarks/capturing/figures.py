@@ -1,0 +1,122 @@
+"""Measured values beside their limit or peer, and how they are shown: medians, spreads, ratios, verdicts."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How a value is judged: what is computed from it and its limit or peer, and how that is written."""
+
+    of: Callable[[float, float], float]
+    write: Callable[[float], str]
+    is_at_most: bool = True
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} ×" if ratio < 10 else f"{ratio:,.0f} ×"
+
+
+SHARE = Relation(
+    lambda value, other: value / other, lambda ratio: f"{ratio:.1%}" if ratio < 1 else f"{ratio:,.0%}"
+)
+TIMES = Relation(lambda value, other: value / other, _times)
+FASTER = Relation(lambda value, other: other / value, _times, is_at_most=False)
+SLOWER = Relation(lambda value, other: value / other - 1, lambda ratio: f"{ratio:+.1%}")
+SECONDS = Relation(lambda value, _: value, lambda ratio: format_seconds(ratio))
+BYTES = Relation(lambda value, _: value, lambda ratio: format_bytes(ratio))
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.2f} s"
+
+
+def format_bytes(size: float) -> str:
+    return f"{size / (1 << 20):.0f} MiB" if size < 1 << 30 else f"{size / (1 << 30):.3g} GiB"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table. Values and others that are as many were taken in the same rounds."""
+
+    case: str
+    values: Sequence[float]
+    relation: Relation = SECONDS
+    #: What it is held against: the limit, or a peer.
+    beside: str = ""
+    others: Sequence[float] = ()
+    #: What the relation is to be at most (or at least); None: nothing is demanded.
+    target: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """The relation in the middle of the rounds; that of the medians when they were not taken in pairs."""
+        if len(self.values) == len(self.others):
+            pairs = zip(self.values, self.others, strict=True)
+            return statistics.median(self.relation.of(value, other) for value, other in pairs)
+        other = statistics.median(self.others) if self.others else 0.0
+        return self.relation.of(statistics.median(self.values), other)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is met; empty when there is none."""
+        if self.target is None:
+            return ""
+        is_met = self.ratio <= self.target if self.relation.is_at_most else self.ratio >= self.target
+        return "meets" if is_met else "misses"
+
+    def cells(self) -> tuple[str, ...]:
+        """As `HEADER` has them."""
+        is_alone = self.relation in (SECONDS, BYTES)
+        sign = "≤" if self.relation.is_at_most else "≥"
+        return (
+            self.case,
+            *self._written(self.values),
+            self.beside,
+            *self._written(self.others),
+            "" if is_alone else self.relation.write(self.ratio),
+            "" if self.target is None else f"{sign} {self.relation.write(self.target)}",
+            self.verdict,
+        )
+
+    def raw(self) -> dict[str, object]:
+        """Everything about it, for JSON."""
+        return {
+            "case": self.case,
+            "values": list(self.values),
+            "beside": self.beside,
+            "others": list(self.others),
+            "ratio": self.ratio,
+            "target": self.target,
+            "verdict": self.verdict,
+        }
+
+    def _written(self, values: Sequence[float]) -> tuple[str, str]:
+        if not values:
+            return "", ""
+        write = format_bytes if self.relation is BYTES else format_seconds
+        spread = f"{write(min(values))} – {write(max(values))}" if len(values) > 1 else ""
+        return write(statistics.median(values)), spread
+
+
+HEADER = ("case", "median", "min – max", "beside", "median", "min – max", "ratio", "target", "")
+#: Of the columns; the text is to the left, the numbers to the right.
+_WIDTHS = (48, 8, 19, 21, 8, 19, 8, 9, 6)
+_IS_TEXT = (True, False, False, True, False, False, False, False, True)
+
+
+def format_table(figures: Iterable[Figure], *, with_header: bool) -> str:
+    rows = [HEADER] if with_header else []
+    rows += [figure.cells() for figure in figures]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if is_text else cell.rjust(width)
+            for cell, width, is_text in zip(row, _WIDTHS, _IS_TEXT, strict=True)
+        ).rstrip()
+        for row in rows
+    )

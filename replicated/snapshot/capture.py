@@ -1,40 +1,43 @@
-"""Freeze files: walk the chosen paths and copy them into the spool, each file as it was at one moment.
+"""Freeze the files of a project: on return the daemon owns what they held, whatever the script does next.
 
-`Capturer.capture` returns when the daemon owns the bytes, whatever the training script does next. Small
-files are read into one packed file, big ones are reflinked where the file system can and copied
-otherwise; `fstat` before and after proves that nobody wrote meanwhile, else the file is taken again
-and finally refused: never a mixed file. Directories are walked by descriptor and no symlink is ever
-followed, so nothing outside the project can get in. Called by `intake`, from several threads at once.
+`Capturer` puts the parts together: `walk` finds the files, `freeze` makes each the daemon's own with as
+little work as can be, `spill` writes to the spool what was read into memory, and `entries` describe all of
+it for `ingest`. What the repository has already (tree cache), what another capture froze (`pending`,
+`held`) and what a watched tree did not change is not read again. Called by `intake`, from several threads
+at once, and by the workers of `jobs` when they begin and end a snapshot. Invariant: a failed capture
+leaves nothing behind, and there is never a mixed file.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import mmap
 import os
-import stat
-import time
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from replicate.errors import CaptureFailed, ChangedWhileReading, PathMissing
-from replicated.snapshot.ignore import IGNORE_FILE, IgnoreRules
-from replicated.snapshot.spool import PACKED_FILE, EntryWriter, Spool, SpooledEntry
+import msgpack
+from blake3 import blake3
 
-#: Up to here a file is read into the packed file: a spool file of its own costs ten times as much.
-SMALL_FILE_BYTES = 1 << 20
-#: A file that is written to all the time is taken this often, with growing pauses, 0.3 s in all.
-ATTEMPTS = 6
-FIRST_PAUSE_S = 0.01
+from replicate.errors import CaptureFailed, PathMissing
+from replicated.snapshot.entries import Header, SameTree, pack_header, pack_same_tree
+from replicated.snapshot.freeze import RUNG_VARIABLE, RUNGS, Freezer
+from replicated.snapshot.held import HeldFiles
+from replicated.snapshot.ignore import IgnoreRules
+from replicated.snapshot.pending import Pending
+from replicated.snapshot.selection import Selection
+from replicated.snapshot.spill import Spill
+from replicated.snapshot.spool import EntriesWriter, SnapshotSpool, Spool
+from replicated.snapshot.treecache import CachedTree, TreeCache
+from replicated.snapshot.unchanged import Base
+from replicated.snapshot.walk import Walk
+from replicated.snapshot.watch import TreeWatches, WatchedWalk
 
-_PACK_BUFFER_BYTES = 4 << 20
-_COPY_STEP_BYTES = 64 << 20
-_FICLONE = 0x40049409
-_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_VIRTUAL_ENVIRONMENT_MARK = "pyvenv.cfg"
-_NAMED_IN_WARNING = 3
+#: More trees than are ever watched.
+_TREES_REMEMBERED: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,10 @@ class CaptureRequest:
     ignore: tuple[str, ...] = ()
     #: Survive a power cut on return (`capture: copy`); else only the death of trainer and daemon.
     durable: bool = False
+    #: Relative paths of files that are mapped for writing: their times do not tell of changes.
+    mapped: frozenset[bytes] = frozenset()
+    #: One of `freeze.RUNGS`: capture all files that way or fail; empty for the first that can be had.
+    rung: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,413 +63,221 @@ class Captured:
     file_count: int
     size_bytes: int
     warnings: tuple[str, ...]
+    #: For `entries.read_entries`; empty when they are in the spool.
+    entries: bytes = b""
+    #: Held, in memory or in the spool until it is stored: all but what the repository has already.
+    frozen_bytes: int = 0
+    #: Of it on the disk of the spool, and not for another snapshot as well.
+    spooled_bytes: int = 0
+    has_spool: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _SeenTree:
+    """What the last capture of a whole tree saw."""
+
+    #: The snapshot that listed it, and those since for which nothing had changed, in order.
+    snapshots: tuple[str, ...]
+    warnings: tuple[str, ...]
+    #: Absolute paths of the directories that the warnings are about.
+    noted: frozenset[bytes]
 
 
 class Capturer:
-    """Makes spools; `private` directories (our own state) are never captured."""
+    """Captures, and keeps what they need until they are stored.
 
-    def __init__(self, spool: Spool, private: Iterable[Path]) -> None:
+    `private` directories (our own state) are never captured. One lock of its own, a leaf, for `_seen`.
+    """
+
+    def __init__(self, spool: Spool, held: HeldFiles, watches: TreeWatches, private: Iterable[Path]) -> None:
         self._spool = spool
+        self._held = held
+        self._watches = watches
         self._private = frozenset(_identities(private))
+        self._spill = Spill()
+        self._pending = Pending()
+        self._no_reflink: set[int] = set()
+        self._lock = threading.Lock()
+        #: By key of the tree.
+        self._seen: OrderedDict[bytes, _SeenTree] = OrderedDict()
 
-    def capture(self, request: CaptureRequest, repository_directory: Path | None) -> Captured:
-        """Freeze the paths of a request into the spool.
+    def capture(
+        self, request: CaptureRequest, repository_directory: Path | None, cache: TreeCache | None
+    ) -> Captured:
+        """Freeze the paths of a request.
 
-        Raises `PathMissing`, `ChangedWhileReading` or `CaptureFailed` naming the file; then nothing
-        is left in the spool. The repository's own directory is skipped.
+        The repository's own directory is skipped. Raises `PathMissing`, `ChangedWhileReading` or
+        `CaptureFailed` naming the file; then nothing is left.
         """
-        selection = _Selection.of(request.paths)
+        rung = request.rung or os.environ.get(RUNG_VARIABLE, "")
+        if rung and rung not in RUNGS:
+            raise CaptureFailed(f"no way to capture files: {rung}", hint=f"one of {', '.join(RUNGS)}")
+        selection = Selection.of(request.paths)
         skipped = self._private.union(_identities([repository_directory] if repository_directory else []))
+        # What a daemon that died, or a request that was given up, may have left.
+        self.forget(request.identifier)
         try:
-            directory = self._spool.begin(request.identifier)
-            walk = _Walk(request, directory, skipped)
-            try:
-                walk.run(selection)
-            finally:
-                walk.close()
-            self._spool.commit(request.identifier, durable=request.durable)
-        except OSError as error:
-            self._spool.abandon(request.identifier)
-            raise _spool_error(error, self._spool.directory) from error
+            capture = _Capture(self, request, rung, selection, skipped, None if rung else cache)
+            captured = capture.run()
+            if captured.has_spool and (request.durable or not self._spill.is_reserved(request.identifier)):
+                self.finish(request.identifier)
+            if captured.has_spool and request.durable:
+                self._sync(request.identifier)
         except BaseException:
-            self._spool.abandon(request.identifier)
+            self.forget(request.identifier)
             raise
-        return Captured(walk.file_count, walk.size_bytes, walk.warnings())
+        return captured
+
+    def finish(self, identifier: str) -> None:
+        """Wait until nothing of a snapshot is in memory only; `CaptureFailed` when it cannot be written."""
+        self._spill.finish(identifier)
 
     def forget(self, identifier: str) -> None:
-        """Remove what was captured, because it could not be acknowledged."""
+        """Drop all that is kept for a snapshot: it is stored, or never will be. May be called twice."""
+        self._pending.forget(identifier)
+        self._spill.forget(identifier)
+        self._held.release(identifier)
         self._spool.remove(identifier)
 
+    def stop(self) -> None:
+        """Write what is in memory; nothing may be captured after this."""
+        self._spill.stop()
 
-@dataclass(slots=True)
-class _Selection:
-    """The chosen paths as a tree: everything below, or only the named children."""
+    def _sync(self, identifier: str) -> None:
+        try:
+            self._spool.sync(identifier)
+        except OSError as error:
+            raise SnapshotSpool(self._spool, identifier).failure(error) from error
 
-    everything: bool = False
-    children: dict[bytes, _Selection] = field(default_factory=dict)
+    def _find_seen(self, tree_key: bytes) -> _SeenTree | None:
+        with self._lock:
+            return self._seen.get(tree_key)
 
-    @staticmethod
-    def of(paths: Iterable[bytes]) -> _Selection:
-        root = _Selection()
-        for path in paths:
-            node = root
-            for part in path.split(b"/"):
-                if part in (b"", b"."):
-                    continue
-                if part == b"..":
-                    raise PathMissing(f"path is outside the project directory: {os.fsdecode(path)}")
-                node = node.children.setdefault(part, _Selection())
-            node.everything = True
-        return root
-
-
-@dataclass(slots=True)
-class _Frame:
-    """One open directory of the walk."""
-
-    descriptor: int
-    path: bytes
-    rules: IgnoreRules
-    selection: _Selection
-    names: Iterator[bytes]
+    def _set_seen(self, tree_key: bytes, seen: _SeenTree | None) -> None:
+        with self._lock:
+            self._seen.pop(tree_key, None)
+            if seen is not None:
+                self._seen[tree_key] = seen
+            if len(self._seen) > _TREES_REMEMBERED:
+                self._seen.popitem(last=False)
 
 
-class _Walk:
+class _Capture:
     """One capture in progress."""
 
-    def __init__(self, request: CaptureRequest, directory: Path, skipped: frozenset[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        capturer: Capturer,
+        request: CaptureRequest,
+        rung: str,
+        selection: Selection,
+        skipped: frozenset[tuple[int, int]],
+        cache: TreeCache | None,
+    ) -> None:
+        self._capturer = capturer
         self._request = request
-        self._spool_directory = directory
+        self._rung = rung
+        self._selection = selection
         self._skipped = skipped
-        self._entries = EntryWriter(directory)
-        self._packed = (directory / PACKED_FILE).open("wb", buffering=_PACK_BUFFER_BYTES)
-        self._packed_bytes = 0
-        self._large_count = 0
-        self._reflink_refused: set[int] = set()
-        self._copy_buffer: mmap.mmap | None = None
-        self._special: list[bytes] = []
-        self._secrets: list[bytes] = []
-        self._mounts: list[bytes] = []
-        self._own_mounts: frozenset[int] | None = None
-        self.file_count = 0
-        self.size_bytes = 0
+        self._cache = cache
+        self._spool = SnapshotSpool(capturer._spool, request.identifier)
+        self._entries = EntriesWriter(self._spool)
 
-    def run(self, selection: _Selection) -> None:
+    def run(self) -> Captured:
         project = self._request.project_directory
         try:
-            descriptor = os.open(project, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            root = os.open(project, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise PathMissing(
                 f"cannot open the project directory {os.fsdecode(project)}: {error.strerror}"
             ) from error
-        info = os.fstat(descriptor)
-        self._device = info.st_dev
-        self._entries.write(_directory_entry(b"", info))
-        rules = IgnoreRules(self._request.ignore)
-        stack = [self._enter(descriptor, b"", rules, selection)]
-        try:
-            while stack:
-                frame = stack[-1]
-                name = next(frame.names, None)
-                if name is None:
-                    os.close(stack.pop().descriptor)
-                    continue
-                below = self._visit(frame, name)
-                if below is not None:
-                    stack.append(below)
-        finally:
-            for frame in stack:
-                os.close(frame.descriptor)
-
-    def close(self) -> None:
-        self._entries.close()
-        self._packed.close()
-
-    def warnings(self) -> tuple[str, ...]:
-        found = []
-        if self._special:
-            found.append(
-                f"skipped {_count(self._special, 'socket, pipe or device', 'sockets, pipes or devices')}"
+        with ExitStack() as stack:
+            stack.callback(os.close, root)
+            info = os.fstat(root)
+            tree_key = self._tree_key(info)
+            watched = self._capturer._watches.begin(tree_key)
+            stack.callback(watched.abandon)
+            stack.callback(self._entries.close)
+            self._entries.write(pack_header(Header(project, tree_key)))
+            seen = self._capturer._find_seen(tree_key) if watched.base else None
+            tree = self._find_base(tree_key, watched, seen)
+            if tree is not None and seen is not None and not watched.changed and not self._request.mapped:
+                return self._same_tree(tree_key, tree, seen, watched)
+            base = Base(
+                watched, self._cache, tree.root if tree is not None else None, seen.noted if seen else ()
             )
-        if self._secrets:
-            counted = _count(self._secrets, "file that may hold secrets", "files that may hold secrets")
-            found.append(f"skipped {counted} (write `!NAME` into {IGNORE_FILE} to save such a file)")
-        if self._mounts:
-            found.append(f"skipped {_count(self._mounts, 'mount of a snapshot', 'mounts of snapshots')}")
-        return tuple(found)
+            return self._walk(root, info, tree_key, base, watched)
 
-    def _enter(self, descriptor: int, path: bytes, rules: IgnoreRules, selection: _Selection) -> _Frame:
-        """Begin with an open directory; takes over the descriptor, also when it raises."""
-        try:
-            rules = self._with_ignore_file(descriptor, path, rules)
-            names = set(selection.children)
-            if selection.everything:
-                names.update(os.fsencode(name) for name in os.listdir(descriptor))
-            return _Frame(descriptor, path, rules, selection, iter(sorted(names)))
-        except BaseException:
-            os.close(descriptor)
-            raise
+    def _tree_key(self, info: os.stat_result) -> bytes:
+        """Names this walk, so that another one of the same key finds the same if nothing has changed."""
+        if self._cache is None or not self._selection.is_whole:
+            return b""
+        identity = (self._request.project_directory, info.st_dev, info.st_ino, self._request.ignore)
+        return blake3(msgpack.packb(identity, unicode_errors="surrogateescape")).digest()
 
-    def _with_ignore_file(self, descriptor: int, path: bytes, rules: IgnoreRules) -> IgnoreRules:
-        try:
-            file = os.open(IGNORE_FILE, _OPEN_FLAGS, dir_fd=descriptor)
-        except OSError:
-            return rules
-        with open(file, encoding="utf-8", errors="surrogateescape") as text:
-            if not stat.S_ISREG(os.fstat(text.fileno()).st_mode):
-                return rules
-            return rules.below(os.fsdecode(path), text.read().splitlines())
-
-    def _visit(self, frame: _Frame, name: bytes) -> _Frame | None:
-        """Capture one entry; a directory comes back as the frame to go on with."""
-        path = frame.path + b"/" + name if frame.path else name
-        asked_for = frame.selection.children.get(name)
-        for pause in _pauses():
-            try:
-                info = os.stat(name, dir_fd=frame.descriptor, follow_symlinks=False)
-                rules = self._admit(frame, name, path, info, asked_for)
-                if rules is None:
-                    return None
-                if stat.S_ISDIR(info.st_mode):
-                    return self._directory(frame, name, path, rules, asked_for)
-                if stat.S_ISLNK(info.st_mode):
-                    self._symlink(frame, name, path, info)
-                    return None
-                if not stat.S_ISREG(info.st_mode):
-                    self._special.append(path)
-                    return None
-                if self._file(frame.descriptor, name, path):
-                    return None
-            except FileNotFoundError:
-                if asked_for is not None:
-                    raise PathMissing(f"no such file or directory: {os.fsdecode(path)}") from None
-                return None  # deleted since the directory was listed
-            except OSError as error:
-                if error.errno not in (errno.ELOOP, errno.ENOTDIR):  # became another type of file
-                    raise self._source_error(error, path) from error
-            time.sleep(pause)
-        raise ChangedWhileReading(
-            f"the file kept changing while it was saved: {os.fsdecode(path)}",
-            hint=f"save it when it is not being written, or exclude it in {IGNORE_FILE}",
-            fields={"path": os.fsdecode(path)},
-        )
-
-    def _admit(
-        self, frame: _Frame, name: bytes, path: bytes, info: os.stat_result, asked_for: _Selection | None
-    ) -> IgnoreRules | None:
-        """The rules that hold for an entry and below it, or None when it is left out."""
-        if (info.st_dev, info.st_ino) in self._skipped:
+    def _find_base(self, tree_key: bytes, watched: WatchedWalk, seen: _SeenTree | None) -> CachedTree | None:
+        """The stored tree since whose capture changes are known."""
+        if seen is None or self._cache is None or watched.base not in seen.snapshots:
             return None
-        is_directory = stat.S_ISDIR(info.st_mode)
-        if is_directory and info.st_dev != self._device and info.st_dev in self._mounted_snapshots():
-            self._mounts.append(path)
-            return None
-        if asked_for is not None:
-            return frame.rules.with_path_asked_for(os.fsdecode(path)) if asked_for.everything else frame.rules
-        decision = frame.rules.decide(os.fsdecode(path), os.fsdecode(name), is_directory)
-        if decision == "secret":
-            self._secrets.append(path)
-        if decision == "keep" and is_directory:
-            mark = os.fsencode(_VIRTUAL_ENVIRONMENT_MARK)
-            if _exists(name + b"/" + mark, frame.descriptor):
-                return None
-        return frame.rules if decision == "keep" else None
+        tree = self._cache.load_tree(tree_key)
+        return tree if tree is not None and tree.snapshot in seen.snapshots else None
 
-    def _mounted_snapshots(self) -> frozenset[int]:
-        """Devices of our own mounts: to save a mounted snapshot would be to save everything twice."""
-        if self._own_mounts is None:
-            devices = set()
-            with open("/proc/self/mountinfo", "rb") as table:
-                for line in table:
-                    fields, _, rest = line.partition(b" - ")
-                    if rest.startswith(b"fuse.replicate "):
-                        major, minor = fields.split()[2].split(b":")
-                        devices.add(os.makedev(int(major), int(minor)))
-            self._own_mounts = frozenset(devices)
-        return self._own_mounts
+    def _same_tree(
+        self, tree_key: bytes, tree: CachedTree, seen: _SeenTree, watched: WatchedWalk
+    ) -> Captured:
+        self._entries.write(pack_same_tree(SameTree(tree.root)))
+        # Older ones will not be stored any more.
+        snapshots = seen.snapshots[seen.snapshots.index(tree.snapshot) :]
+        seen = _SeenTree((*snapshots, self._request.identifier), seen.warnings, seen.noted)
+        self._capturer._set_seen(tree_key, seen)
+        watched.commit(self._request.identifier, tree.root.files)
+        return Captured(tree.root.files, tree.root.size_bytes, seen.warnings, self._entries.finish())
 
-    def _directory(
-        self, frame: _Frame, name: bytes, path: bytes, rules: IgnoreRules, asked_for: _Selection | None
-    ) -> _Frame:
-        descriptor = os.open(name, _OPEN_FLAGS | os.O_DIRECTORY, dir_fd=frame.descriptor)
-        self._entries.write(_directory_entry(path, os.fstat(descriptor)))
-        inherited = _Selection(everything=frame.selection.everything)
-        selection = asked_for or inherited
-        if inherited.everything:
-            selection.everything = True
-        return self._enter(descriptor, path, rules, selection)
-
-    def _symlink(self, frame: _Frame, name: bytes, path: bytes, info: os.stat_result) -> None:
-        target = os.readlink(name, dir_fd=frame.descriptor)
-        self._entries.write(
-            SpooledEntry(
-                path,
-                "symlink",
-                stat.S_IMODE(info.st_mode),
-                info.st_mtime_ns,
-                size=len(target),
-                target=os.fsencode(target),
-            )
+    def _walk(
+        self, root: int, info: os.stat_result, tree_key: bytes, base: Base, watched: WatchedWalk
+    ) -> Captured:
+        capturer, request = self._capturer, self._request
+        freezer = Freezer(
+            self._spool,
+            capturer._spill,
+            capturer._held,
+            is_durable=request.durable,
+            rung=self._rung,
+            no_reflink=capturer._no_reflink,
         )
-
-    def _file(self, directory: int, name: bytes, path: bytes) -> bool:
-        """Capture a regular file; False when it changed meanwhile and is to be taken again."""
-        descriptor = os.open(name, _OPEN_FLAGS, dir_fd=directory)
+        walk = Walk(
+            request.project_directory,
+            freezer,
+            base,
+            watched,
+            None if self._rung else capturer._pending,
+            self._entries.write,
+            skipped=self._skipped,
+            mapped=request.mapped,
+        )
         try:
-            before = os.fstat(descriptor)
-            if not stat.S_ISREG(before.st_mode):
-                return False
-            if before.st_size <= SMALL_FILE_BYTES:
-                placed = self._pack(descriptor, before)
-            else:
-                placed = self._copy_large(descriptor, before)
+            walk.run(root, info, self._selection, IgnoreRules(request.ignore))
+            entries = self._entries.finish()
+            freezer.end()
         finally:
-            os.close(descriptor)
-        if placed is None:
-            return False
-        source, offset = placed
-        self._entries.write(
-            SpooledEntry(
-                path,
-                "file",
-                stat.S_IMODE(before.st_mode),
-                before.st_mtime_ns,
-                size=before.st_size,
-                source=source,
-                offset=offset,
-            )
+            freezer.abandon()
+        capturer._pending.add(request.identifier, walk.read)
+        warnings = walk.omissions.warnings()
+        if walk.has_unseen_rules:
+            capturer._set_seen(tree_key, None)
+        elif tree_key:
+            noted = frozenset(map(walk.absolute, walk.omissions.directories))
+            capturer._set_seen(tree_key, _SeenTree((request.identifier,), warnings, noted))
+            watched.commit(request.identifier, walk.file_count)
+        return Captured(
+            walk.file_count,
+            walk.size_bytes,
+            warnings,
+            entries,
+            freezer.frozen_bytes,
+            freezer.spooled_bytes,
+            self._spool.exists,
         )
-        self.file_count += 1
-        self.size_bytes += before.st_size
-        return True
-
-    def _pack(self, descriptor: int, before: os.stat_result) -> tuple[str, int] | None:
-        # One byte more than expected shows growth; a larger buffer would cost more than the read.
-        data = os.read(descriptor, before.st_size + 1)
-        while len(data) < before.st_size:
-            more = os.read(descriptor, before.st_size + 1 - len(data))
-            if not more:
-                break
-            data += more
-        if len(data) != before.st_size or not _is_same(before, os.fstat(descriptor)):
-            return None
-        offset = self._packed_bytes
-        self._packed.write(data)
-        self._packed_bytes += len(data)
-        return PACKED_FILE, offset
-
-    def _copy_large(self, descriptor: int, before: os.stat_result) -> tuple[str, int] | None:
-        name = f"large-{self._large_count}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        target = os.open(self._spool_directory / name, flags, 0o600)
-        try:
-            if not self._reflink(descriptor, target, before.st_dev):
-                os.ftruncate(target, before.st_size)
-                self._copy_data(descriptor, target, before.st_size)
-            if os.fstat(target).st_size == before.st_size and _is_same(before, os.fstat(descriptor)):
-                self._large_count += 1
-                return name, 0
-        finally:
-            os.close(target)
-        os.unlink(self._spool_directory / name)
-        return None
-
-    def _reflink(self, source: int, target: int, device: int) -> bool:
-        if device in self._reflink_refused:
-            return False
-        try:
-            fcntl.ioctl(target, _FICLONE, source)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise _SpoolFailure(error) from error
-            self._reflink_refused.add(device)
-            return False
-        return True
-
-    def _copy_data(self, source: int, target: int, size: int) -> None:
-        """Copy the parts that hold data; holes stay holes."""
-        position = 0
-        while position < size:
-            try:
-                start = os.lseek(source, position, os.SEEK_DATA)
-                end = min(os.lseek(source, start, os.SEEK_HOLE), size)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return  # only a hole is left
-                start, end = position, size  # no holes here: a file system without them
-            if start >= size or not self._copy_range(source, target, start, end):
-                return
-            position = end
-
-    def _copy_range(self, source: int, target: int, start: int, end: int) -> bool:
-        """Copy bytes start..end; False when the source ended before."""
-        while start < end:
-            step = min(end - start, _COPY_STEP_BYTES)
-            try:
-                copied = os.copy_file_range(source, target, step, start, start)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise _SpoolFailure(error) from error
-                copied = self._copy_through_memory(source, target, start, step)
-            if copied == 0:
-                return False
-            start += copied
-        return True
-
-    def _copy_through_memory(self, source: int, target: int, start: int, step: int) -> int:
-        if self._copy_buffer is None:
-            # Page-aligned: reading into memory that is not runs five times slower on some processors.
-            self._copy_buffer = mmap.mmap(-1, 1 << 20)
-        view = memoryview(self._copy_buffer)[: min(step, len(self._copy_buffer))]
-        count = os.preadv(source, [view], start)
-        written = 0
-        try:
-            while written < count:
-                written += os.pwrite(target, view[written:count], start + written)
-        except OSError as error:
-            raise _SpoolFailure(error) from error
-        return count
-
-    def _source_error(self, error: OSError, path: bytes) -> Exception:
-        if isinstance(error, _SpoolFailure) or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _spool_error(error, self._spool_directory.parent)
-        shown = os.fsdecode(path)
-        return CaptureFailed(
-            f"cannot read {shown}: {error.strerror}",
-            hint=f"make it readable, or exclude it in {IGNORE_FILE}",
-            fields={"path": shown, "errno": errno.errorcode.get(error.errno or 0, "")},
-        )
-
-
-class _SpoolFailure(OSError):
-    """The write side of a copy failed, not the file of the user."""
-
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(cause.errno, cause.strerror)
-
-
-def _directory_entry(path: bytes, info: os.stat_result) -> SpooledEntry:
-    return SpooledEntry(path, "directory", stat.S_IMODE(info.st_mode), info.st_mtime_ns)
-
-
-def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
-    return (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (
-        after.st_size,
-        after.st_mtime_ns,
-        after.st_ctime_ns,
-    )
-
-
-def _pauses() -> Iterator[float]:
-    return (FIRST_PAUSE_S * 2**attempt for attempt in range(ATTEMPTS - 1))
-
-
-def _exists(path: bytes, directory: int) -> bool:
-    try:
-        os.stat(path, dir_fd=directory, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
 
 
 def _identities(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
@@ -472,21 +287,3 @@ def _identities(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
         except OSError:
             continue
         yield info.st_dev, info.st_ino
-
-
-def _count(paths: list[bytes], singular: str, plural: str) -> str:
-    shown = ", ".join(os.fsdecode(path) for path in paths[:_NAMED_IN_WARNING])
-    rest = ", …" if len(paths) > _NAMED_IN_WARNING else ""
-    return f"{len(paths)} {singular if len(paths) == 1 else plural}: {shown}{rest}"
-
-
-def _spool_error(error: OSError, directory: Path) -> CaptureFailed:
-    try:
-        status = os.statvfs(directory)
-        free = f" ({status.f_bavail * status.f_frsize >> 20} MiB free)"
-    except OSError:
-        free = ""
-    return CaptureFailed(
-        f"cannot write to the spool {directory}: {error.strerror}{free}",
-        hint="free some space, or set REPLICATE_HOME to a larger disk",
-    )

@@ -3,14 +3,18 @@
 Patterns are gitignore syntax, matched by pathspec: those of the call, then those of the config file,
 then `.replicateignore` files from the deepest directory up, and last the built-in rules; the first that
 says anything decides, so a `!pattern` of the user brings a built-in exclusion back. Pure: reading the
-ignore files is the caller's part (`capture`).
+ignore files is the caller's part (`walk`).
+
+Matching a pattern costs as much as reading a file. So `NameRules` tell by its name alone that nothing is
+said about most of what a directory holds; that they are right is what the tests compare.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Final, Literal, NamedTuple
 
 import pathspec
 
@@ -18,23 +22,51 @@ IGNORE_FILE = ".replicateignore"
 #: Never part of a snapshot, whatever patterns say: version control data and our own.
 NEVER_SAVED = frozenset({".git", ".replicate"})
 _CACHES = frozenset({".mypy_cache", "__pycache__"})
-_SECRET_NAMES = frozenset({".env", ".aws", ".ssh", ".netrc"})
 #: Private keys by the names that tools give them.
-_SECRET_PATTERNS = ("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.ppk", "*.p12", "*.pfx")
+_KEYS = frozenset({"id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"})
+_SECRET_NAMES = frozenset({".env", ".aws", ".ssh", ".netrc"}) | _KEYS
+_SECRET_SUFFIXES = (".pem", ".ppk", ".p12", ".pfx")
+
+#: No file can have it, and only a pattern that matches any name matches it.
+_NO_NAME: Final = "\0"
+_ESCAPED_OR_ODD: Final = re.compile(r"[\\\[\s]")
+_WILDCARD: Final = re.compile(r"[*?]")
 
 Decision = Literal["keep", "ignored", "secret"]
+
+
+class NameRules(NamedTuple):
+    """The names in one directory about which a rule may say something; about any other none does."""
+
+    exact: frozenset[str]
+    suffixes: tuple[str, ...]
+    #: A pattern for the names that the others cannot express.
+    other: re.Pattern[str] | None
+
+    def may_concern(self, name: str) -> bool:
+        """Whether `IgnoreRules.decide` has to be asked; otherwise the entry is kept."""
+        return (
+            name in self.exact
+            or name.endswith(self.suffixes)
+            or (self.other is not None and self.other.fullmatch(name) is not None)
+        )
+
+
+# pathspec takes a name that ends with a line feed for the name without it.
+_BUILT_IN: Final = NameRules(NEVER_SAVED | _CACHES | _SECRET_NAMES, (*_SECRET_SUFFIXES, "\n"), None)
+_ANY_NAME: Final = NameRules(frozenset(), ("",), None)
 
 
 class IgnoreRules:
     """The rules that hold in one directory; `below` gives those of a subdirectory."""
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
-        self._first = _Patterns("", patterns)
-        self._files: tuple[_Patterns, ...] = ()
+        self._levels: tuple[_Patterns, ...] = (_Patterns("", patterns),)
 
     def below(self, directory: str, lines: Iterable[str]) -> IgnoreRules:
         """These rules with the lines of the ignore file in `directory` (relative, "" for the top)."""
-        return self._with(self._first, (_Patterns(directory, lines), *self._files))
+        first, *files = self._levels
+        return self._with((first, _Patterns(directory, lines), *files))
 
     def with_path_asked_for(self, path: str) -> IgnoreRules:
         """These rules without the patterns that exclude `path` or a directory above it.
@@ -44,29 +76,63 @@ class IgnoreRules:
         """
         parts = path.split("/")
         prefixes = ["/".join(parts[: end + 1]) for end in range(len(parts))]
-        return self._with(
-            self._first.without(prefixes), tuple(level.without(prefixes) for level in self._files)
-        )
+        return self._with(tuple(level.without(prefixes) for level in self._levels))
 
     def decide(self, path: str, name: str, is_directory: bool) -> Decision:
         """What becomes of the entry `path` (relative to the project directory)."""
         if name in NEVER_SAVED:
             return "ignored"
-        for level in (self._first, *self._files):
-            decision = level.match(path, is_directory)
-            if decision is not None:
-                return "ignored" if decision else "keep"
+        excluded = self._match(path, is_directory)
+        if excluded is not None:
+            return "ignored" if excluded else "keep"
         if name in _CACHES:
             return "ignored"
-        if name in _SECRET_NAMES or any(fnmatch.fnmatchcase(name, p) for p in _SECRET_PATTERNS):
+        if name in _SECRET_NAMES or name.endswith(_SECRET_SUFFIXES):
             return "secret"
         return "keep"
 
-    def _with(self, first: _Patterns, files: tuple[_Patterns, ...]) -> IgnoreRules:
+    def names(self, directory: str) -> NameRules:
+        """The names in `directory` (relative, "" for the top) that may not just be kept."""
+        if all(level.is_empty for level in self._levels):
+            return _BUILT_IN
+        # A pattern that matches a directory matches all that is below it: then each name counts.
+        if self._match(f"{directory}/{_NO_NAME}" if directory else _NO_NAME, False) is not None:
+            return _ANY_NAME
+        exact, suffixes = set(_BUILT_IN.exact), set(_BUILT_IN.suffixes)
+        others: set[str] = set()
+        for level in self._levels:
+            for shape in level.shapes(directory):
+                if shape.kind == "exact":
+                    exact.add(shape.text)
+                elif shape.kind == "suffix":
+                    suffixes.add(shape.text)
+                else:
+                    others.add(shape.text)
+        other = re.compile("|".join(sorted(others)), re.DOTALL) if others else None
+        return NameRules(frozenset(exact), tuple(suffixes), other)
+
+    def _match(self, path: str, is_directory: bool) -> bool | None:
+        for level in self._levels:
+            excluded = level.match(path, is_directory)
+            if excluded is not None:
+                return excluded
+        return None
+
+    def _with(self, levels: tuple[_Patterns, ...]) -> IgnoreRules:
         rules = IgnoreRules()
-        rules._first = first
-        rules._files = tuple(level for level in files if not level.is_empty)
+        first, *files = levels
+        rules._levels = (first, *(level for level in files if not level.is_empty))
         return rules
+
+
+class _Shape(NamedTuple):
+    """What the last component of a pattern can match, or more than that."""
+
+    #: Directories, from that of the patterns down, that it must lie in.
+    directories: tuple[str, ...]
+    kind: Literal["exact", "suffix", "other"]
+    #: A name, the end of a name, or a regular expression.
+    text: str
 
 
 class _Patterns:
@@ -76,6 +142,7 @@ class _Patterns:
         self._prefix = f"{directory}/" if directory else ""
         self._lines = [line for line in lines if line.strip() and not line.startswith("#")]
         self._spec = pathspec.GitIgnoreSpec.from_lines(self._lines)
+        self._shapes = [_shape(line) for line in self._lines]
 
     @property
     def is_empty(self) -> bool:
@@ -88,6 +155,11 @@ class _Patterns:
         relative = path[len(self._prefix) :]
         return self._spec.check_file(f"{relative}/" if is_directory else relative).include
 
+    def shapes(self, directory: str) -> list[_Shape]:
+        """Those that can match something that lies directly in `directory`."""
+        parts = directory[len(self._prefix) :].split("/")
+        return [shape for shape in self._shapes if parts[: len(shape.directories)] == [*shape.directories]]
+
     def without(self, paths: Sequence[str]) -> _Patterns:
         """These without the lines that alone exclude one of `paths`, be it a file or a directory."""
         kept = [
@@ -99,9 +171,7 @@ class _Patterns:
                 if path.startswith(self._prefix)
             )
         ]
-        patterns = _Patterns("", kept)
-        patterns._prefix = self._prefix
-        return patterns
+        return _Patterns(self._prefix[:-1], kept)
 
     @staticmethod
     def excludes(line: str, relative: str) -> bool:
@@ -109,3 +179,26 @@ class _Patterns:
         return bool(relative) and any(
             spec.check_file(form).include is True for form in (relative, f"{relative}/")
         )
+
+
+def _shape(line: str) -> _Shape:
+    # Escapes, sets of characters and blanks are rare, and not worth a second reading of the rules.
+    if _ESCAPED_OR_ODD.search(line):
+        return _Shape((), "suffix", "")
+    *directories, last = line.removeprefix("!").rstrip("/").split("/")
+    if directories and not directories[0]:
+        del directories[0]
+    literal = 0
+    while literal < len(directories) and not _WILDCARD.search(directories[literal]):
+        literal += 1
+    return _Shape(tuple(directories[:literal]), *_name_shape(last))
+
+
+def _name_shape(last: str) -> tuple[Literal["exact", "suffix", "other"], str]:
+    if not last or last == "**":
+        return "suffix", ""
+    if not _WILDCARD.search(last):
+        return "exact", last
+    if last.startswith("*") and not _WILDCARD.search(last, 1):
+        return "suffix", last[1:]
+    return "other", fnmatch.translate(last)

@@ -1,4 +1,4 @@
-"""A capture without its haste: the entries of a directory, with each content where the test wants it."""
+"""Captures for tests: without their haste, each content where the test wants it; and real ones."""
 
 import os
 import stat
@@ -8,24 +8,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
+from replicated.format.manifest import RootNode
+from replicated.snapshot.capture import Capturer, CaptureRequest
 from replicated.snapshot.entries import (
     HELD,
+    KNOWN,
     LINK,
     PACKED,
     SPOOLED,
     CapturedDirectory,
     Header,
     Row,
+    SameTree,
     Source,
+    pack_children,
     pack_directory,
     pack_header,
     pack_rows,
     pack_sources,
+    read_entries,
     unpack_rows,
     unpack_sources,
 )
-from replicated.snapshot.treecache import TreeCache
+from replicated.snapshot.held import HeldFiles
+from replicated.snapshot.spool import Spool
+from replicated.snapshot.treecache import RACY_NS, CachedDirectory, CachedTree, TreeCache, smudge
+from replicated.snapshot.watch import TreeWatches
 
 
 @dataclass
@@ -143,3 +153,172 @@ def _source(frozen, full, relative, row, choose):
         return SPOOLED, name
     frozen.held.append(Path(os.fsdecode(full)))
     return HELD, len(frozen.held) - 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One captured directory, file or link."""
+
+    path: bytes
+    type: str
+    mode: int
+    mtime_ns: int
+    size: int = 0
+    target: bytes = b""
+    source: Source = ()
+
+
+class Captures:
+    """A capturer with all that it needs, and what it captured in a form that can be compared."""
+
+    def __init__(self, directory: Path, private=()):
+        (directory / "spool").mkdir()
+        self.spool = Spool(directory / "spool")
+        self.held = HeldFiles(self.spool.path)
+        self.held.start()
+        self.watches = TreeWatches(min_files=1)
+        self.watches.start()
+        self.cache = TreeCache(directory / "trees", "repository", "url")
+        self.capturer = Capturer(self.spool, self.held, self.watches, private)
+
+    def stop(self):
+        self.capturer.stop()
+        self.held.stop()
+        self.watches.stop()
+        self.cache.close()
+
+    def capture(self, project, *paths, identifier="a" * 64, repository=None, cached=False, **options):
+        """What was captured, and its entries by path."""
+        request = CaptureRequest(
+            identifier, os.fsencode(project), tuple(map(os.fsencode, paths or (".",))), **options
+        )
+        captured = self.capturer.capture(request, repository, self.cache if cached else None)
+        return captured, self.entries(captured, identifier)
+
+    def records(self, captured, identifier="a" * 64):
+        chunks = [captured.entries] if captured.entries else self.spool.read_entries(identifier)
+        header, records = read_entries(chunks)
+        return header, list(records)
+
+    def entries(self, captured, identifier="a" * 64):
+        entries = {}
+        for record in self.records(captured, identifier)[1]:
+            if isinstance(record, SameTree):
+                continue
+            entries[record.path] = Entry(record.path, "directory", record.mode, record.mtime_ns)
+            sources = unpack_sources(record.sources)
+            for row, source in zip(unpack_rows(record.rows), sources, strict=True):
+                path = os.path.join(record.path, row.name)
+                entries[path] = Entry(
+                    path,
+                    "symlink" if row.is_link else "file",
+                    stat.S_IMODE(row.mode),
+                    row.mtime_ns,
+                    row.size,
+                    source[1] if source[0] == LINK else b"",
+                    source,
+                )
+        return entries
+
+    def content(self, entry, identifier="a" * 64):
+        """The bytes that were captured of a file; for a known one what `store` remembered."""
+        self.capturer.finish(identifier)
+        kind, *about = entry.source
+        if not entry.size:
+            return b""
+        if kind == KNOWN:
+            return self._stored[about[0]]
+        if kind == HELD:
+            opened = self.held.open(identifier, about[0])
+            try:
+                return os.pread(opened.descriptor, entry.size, 0)
+            finally:
+                os.close(opened.descriptor)
+        offset = about[0] if kind == PACKED else 0
+        with (self.spool.path(identifier) / about[-1]).open("rb") as file:
+            file.seek(offset)
+            return file.read(entry.size)
+
+    def store(self, captured, identifier="a" * 64, forget=True):
+        """Do what an ingest does for the cache: the next capture knows all that this one had."""
+        header, records = self.records(captured, identifier)
+        entries = self.entries(captured, identifier)
+        self._stored = {
+            blake3(self.content(entry, identifier)).digest(): self.content(entry, identifier)
+            for entry in entries.values()
+            if entry.type == "file"
+        }
+        cached = {}
+        for record in reversed(records):
+            assert isinstance(record, CapturedDirectory)
+            rows = unpack_rows(record.rows)
+            sources = [
+                (LINK, entry.target)
+                if entry.type == "symlink"
+                else (KNOWN, blake3(self.content(entry, identifier)).digest(), [])
+                for entry in (entries[os.path.join(record.path, row.name)] for row in rows)
+            ]
+            below = [
+                other
+                for other in records
+                if other.path and os.path.dirname(other.path) == record.path and other is not record
+            ]
+            totals = [
+                sum(not row.is_link for row in rows),
+                len(below),
+                sum(row.is_link for row in rows),
+                sum(row.size for row in rows if not row.is_link),
+            ]
+            for other in below:
+                totals = [a + b for a, b in zip(totals, cached[other.path].totals, strict=True)]
+            children = [
+                (os.path.basename(other.path), other.mode, other.mtime_ns, cached[other.path].node)
+                for other in below
+            ]
+            packed = pack_rows(rows), pack_sources(sources), pack_children(children)
+            node = blake3(repr((packed, record.path)).encode()).digest()
+            cached[record.path] = CachedDirectory(
+                record.device,
+                record.inode,
+                smudge(rows, record.listed_ns),
+                *packed[1:],
+                node,
+                tuple(totals),
+                1,
+            )
+        top = records[0]
+        root = RootNode(cached[b""].node, top.mode, top.mtime_ns, *cached[b""].totals)
+        rows = {
+            os.path.join(header.project_directory, path) if path else header.project_directory: row
+            for path, row in cached.items()
+        }
+        self.cache.store(rows.items(), (header.tree_key, CachedTree(identifier, root, 1)))
+        if forget:
+            self.capturer.forget(identifier)
+
+
+@pytest.fixture
+def captures(tmp_path):
+    made = Captures(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def project(tmp_path):
+    directory = tmp_path / "project"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def settle():
+    """Waits until the files below a directory are not racy any more: their times are clearly in the past."""
+
+    def wait(directory: Path) -> None:
+        paths = [directory, *directory.rglob("*")]
+        newest = max(max(path.lstat().st_ctime_ns, path.lstat().st_mtime_ns) for path in paths)
+        while time.time_ns() <= newest + RACY_NS:
+            os.sched_yield()
+
+    return wait

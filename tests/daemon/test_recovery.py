@@ -1,0 +1,119 @@
+"""A daemon that is killed before anything is stored: the next one goes on, or says what is lost."""
+
+import os
+
+import pytest
+
+from replicate._pb import daemon_pb2 as pb
+
+BIG = 5 << 20
+#: One byte a second: nothing is ever stored.
+NEVER = ("--limit", "1")
+
+
+@pytest.fixture
+def slow_project(project):
+    """A project whose daemon stores nothing; its experiment is stored already."""
+    experiment = project.init()
+    project.flush()
+    project.daemon.stop()
+    project.daemon.start(*NEVER)
+    return project, experiment
+
+
+def restart(project) -> None:
+    project.daemon.kill()
+    project.daemon.start()
+
+
+def state_of(project, experiment, checkpoint):
+    return next(c for c in project.checkpoints(experiment.id) if c.id == checkpoint.id)
+
+
+def test_leased_file_that_is_as_it_was_is_stored_by_the_next_daemon(slow_project):
+    project, experiment = slow_project
+    data = os.urandom(BIG)
+    project.write("model.pt", data)
+    checkpoint = project.checkpoint(experiment, "model.pt")
+    status = project.daemon.stub.GetStatus(pb.GetStatusRequest())
+    assert (status.leased_files, status.leased_bytes, status.spool_bytes) == (1, BIG, 0)
+    restart(project)
+    assert project.flush().failed == 0
+    assert project.read(checkpoint.id, "model.pt") == data
+
+
+@pytest.mark.parametrize("fate", ["rewritten", "same bytes again", "deleted", "replaced"])
+def test_leased_file_that_changed_without_a_daemon_is_reported_and_never_mixed_up(slow_project, fate):
+    project, experiment = slow_project
+    data = os.urandom(BIG)
+    path = project.write("model.pt", data)
+    checkpoint = project.checkpoint(experiment, "model.pt", metrics={"loss": 1.0})
+    project.daemon.kill()
+    if fate == "rewritten":
+        path.write_bytes(os.urandom(BIG))
+    elif fate == "same bytes again":
+        path.write_bytes(data)
+    elif fate == "deleted":
+        path.unlink()
+    else:
+        other = project.write("other", data)
+        other.replace(path)
+    project.daemon.start()
+    assert project.flush().failed == 1
+    found = state_of(project, experiment, checkpoint)
+    assert found.state == "failed"
+    assert "the daemon ended before" in found.error
+    assert "model.pt" in found.error
+    assert found.metrics == {"loss": 1.0}
+
+
+def test_leased_file_that_was_rewritten_before_the_daemon_died_is_safe_in_the_spool(slow_project, wait_until):
+    project, experiment = slow_project
+    data = os.urandom(BIG)
+    path = project.write("model.pt", data)
+    checkpoint = project.checkpoint(experiment, "model.pt")
+    path.write_bytes(b"something else")
+    later = project.checkpoint(experiment, "model.pt")
+    restart(project)
+    assert project.flush().failed == 0
+    assert project.read(checkpoint.id, "model.pt") == data
+    assert project.read(later.id, "model.pt") == b"something else"
+
+
+def test_small_files_are_safe_or_read_again(slow_project):
+    project, experiment = slow_project
+    contents = {f"data/{number}": os.urandom(1000 + number) for number in range(300)}
+    for name, data in contents.items():
+        project.write(name, data)
+    checkpoint = project.checkpoint(experiment, "data")
+    restart(project)
+    assert project.flush().failed == 0
+    for name, data in contents.items():
+        assert project.read(checkpoint.id, name) == data
+
+
+def test_copied_files_survive_whatever_happens_to_them(slow_project):
+    project, experiment = slow_project
+    data = os.urandom(BIG)
+    path = project.write("model.pt", data)
+    checkpoint = project.checkpoint(experiment, "model.pt", mode="copy")
+    project.daemon.kill()
+    path.unlink()
+    project.daemon.start()
+    assert project.flush().failed == 0
+    assert project.read(checkpoint.id, "model.pt") == data
+
+
+def test_several_restarts_in_a_row_lose_nothing(slow_project):
+    project, experiment = slow_project
+    data = os.urandom(BIG)
+    project.write("model.pt", data)
+    checkpoints = [project.checkpoint(experiment, "model.pt", step=step) for step in range(3)]
+    for _ in range(3):
+        project.daemon.kill()
+        project.daemon.start(*NEVER)
+        checkpoints.append(project.checkpoint(experiment, "model.pt", step=9))
+    restart(project)
+    assert project.flush().failed == 0
+    for checkpoint in checkpoints:
+        assert project.read(checkpoint.id, "model.pt") == data

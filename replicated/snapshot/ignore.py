@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Final, Literal, NamedTuple
 
 import pathspec
@@ -142,7 +143,7 @@ class _Patterns:
         self._prefix = f"{directory}/" if directory else ""
         self._lines = [line for line in lines if line.strip() and not line.startswith("#")]
         self._spec = pathspec.GitIgnoreSpec.from_lines(self._lines)
-        self._shapes = [_shape(line) for line in self._lines]
+        self._shapes = [shape for line in self._lines for shape in _shapes(line)]
 
     @property
     def is_empty(self) -> bool:
@@ -181,17 +182,20 @@ class _Patterns:
         )
 
 
-def _shape(line: str) -> _Shape:
+def _shapes(line: str) -> Iterator[_Shape]:
     # Escapes, sets of characters and blanks are rare, and not worth a second reading of the rules.
     if _ESCAPED_OR_ODD.search(line):
-        return _Shape((), "suffix", "")
-    *directories, last = line.removeprefix("!").rstrip("/").split("/")
-    if directories and not directories[0]:
-        del directories[0]
-    literal = 0
-    while literal < len(directories) and not _WILDCARD.search(directories[literal]):
-        literal += 1
-    return _Shape(tuple(directories[:literal]), *_name_shape(last))
+        yield _Shape((), "suffix", "")
+        return
+    parts = line.removeprefix("!").rstrip("/").split("/")
+    if len(parts) > 1 and not parts[0]:
+        del parts[0]
+    while parts:
+        *directories, last = parts
+        literal = list(takewhile(lambda part: not _WILDCARD.search(part), directories))
+        yield _Shape(tuple(literal), *_name_shape(last))
+        # `a/**` says something of `a` itself, too.
+        parts = directories if last == "**" else []
 
 
 def _name_shape(last: str) -> tuple[Literal["exact", "suffix", "other"], str]:

@@ -13,7 +13,7 @@ import os
 import struct
 import termios
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 # From linux/inotify.h.
 MODIFY: Final = 0x00000002
@@ -46,14 +46,6 @@ _COUNT: Final = struct.Struct("i")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Event(NamedTuple):
-    """Something that happened; `name` is that of an entry of the watched directory, or empty."""
-
-    watch: int
-    mask: int
-    name: bytes
-
-
 class Inotify:
     """One inotify instance. Not for several threads at once; raises `OSError` as the kernel says."""
 
@@ -77,8 +69,11 @@ class Inotify:
         """End a watch; no error when it has ended by itself. Events may follow for a while."""
         _libc.inotify_rm_watch(ctypes.c_int(self.descriptor), ctypes.c_int(watch))
 
-    def read(self) -> Iterator[Event]:
-        """What is queued at this moment; what is queued while it is read may be left for the next time."""
+    def read(self) -> Iterator[tuple[int, int, bytes]]:
+        """What is queued now, each the number of a watch, a mask, and the name of an entry, or none.
+
+        Names are those of directories only. What is queued meanwhile may be left for the next time.
+        """
         answer = bytearray(_COUNT.size)
         fcntl.ioctl(self.descriptor, termios.FIONREAD, answer)
         (remaining,) = _COUNT.unpack(answer)
@@ -88,9 +83,10 @@ class Inotify:
             position = 0
             while position < len(data):
                 watch, mask, _, length = _EVENT.unpack_from(data, position)
-                position += _EVENT.size
-                yield Event(watch, mask, data[position : position + length].rstrip(b"\0"))
-                position += length
+                end = position + _EVENT.size + length
+                # Most are of files, by the thousand.
+                yield watch, mask, data[end - length : end].rstrip(b"\0") if mask & ISDIR else b""
+                position = end
 
 
 def _check(result: int, path: bytes | None = None) -> int:

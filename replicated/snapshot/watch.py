@@ -19,7 +19,7 @@ import select
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,7 @@ _MAX_REFUSED = 1024
 #: keep the daemon busy. They hold 16,384 events by default; should more come, the tree is unknown.
 _DRAIN_DELAY_S = 0.1
 _DEFAULT_MAX_WATCHES = 8192
+_LIMIT = "fs.inotify.max_user_watches is too low"
 _MAX_WATCHES_FILE = Path("/proc/sys/fs/inotify/max_user_watches")
 _MOUNTS_FILE = "/proc/self/mountinfo"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -89,7 +90,7 @@ class TreeWatches:
     @property
     def watch_count(self) -> int:
         """Directories that are watched now."""
-        return sum(len(tree.watches) for tree in self._trees.values())
+        return sum(len(tree.watches) for tree in list(self._trees.values()))
 
     def start(self) -> None:
         """Begin to watch."""
@@ -138,17 +139,18 @@ class TreeWatches:
                 assert self._mounts is not None
                 tree.set_root(path, real_path, self._mounts)
                 if not is_told:
-                    self._give_up(tree, "its file system does not tell them")
+                    self._give_up(tree, logging.INFO, "its file system does not tell them")
             if tree.is_closed or not is_told:
                 return None
             if self.watch_count >= self._max_watches:
-                self._give_up(tree, f"more than {self._max_watches} directories in all")
+                self._give_up(tree, logging.WARNING, f"there are too many directories: {_LIMIT}")
                 return None
             try:
                 return tree.watch(path)
             except OSError as error:
                 if error.errno not in _OF_THE_DIRECTORY:
-                    self._give_up(tree, error.strerror or str(error))
+                    reason = _LIMIT if error.errno == errno.ENOSPC else str(error)
+                    self._give_up(tree, logging.WARNING, reason)
                 return None
 
     def end(self, walk: WatchedWalk, snapshot: str, file_count: int | None) -> None:
@@ -221,8 +223,8 @@ class TreeWatches:
         elif self._refused.get(key) == math.inf:
             del self._refused[key]
 
-    def _give_up(self, tree: _Tree, reason: str) -> None:
-        _log.info("changes below %s are not watched: %s", os.fsdecode(tree.root), reason)
+    def _give_up(self, tree: _Tree, level: int, reason: str) -> None:
+        _log.log(level, "changes below %s are not watched: %s", os.fsdecode(tree.root), reason)
         self._refuse(tree.key, self._clock() + FULL_WALK_S)
 
     def _refuse(self, key: bytes, until: float) -> None:
@@ -300,8 +302,8 @@ class WatchedWalk:
         #: Absolute paths of directories where something happened since then, or that cannot be watched.
         #: Directories below those that were moved are not among them, but none of these `is_unchanged`.
         self.changed: frozenset[bytes] = frozenset()
-        #: The watches that the walk of the base has visited, and this one.
-        self.vouched: frozenset[int] = frozenset()
+        #: The watches that the walk of the base has visited, some of which may have ended, and this one.
+        self.vouched: Set[int] = frozenset()
         self.visited: set[int] = set()
         #: Directories that the next walk has to list as well.
         self.doubted: set[bytes] = set()
@@ -321,7 +323,7 @@ class WatchedWalk:
 
     def add(self, path: bytes) -> None:
         """Watch this directory, which is about to be listed."""
-        if self.tree is None:
+        if self.tree is None or self.tree.is_closed:
             return
         watch = self.tree.watches.get(path)
         if watch is None:
@@ -361,6 +363,7 @@ class _Tree:
         self.mount_points: frozenset[bytes] = frozenset()
         self._real_root = b""
         self._mounted: dict[bytes, bytes] = {}
+        self._mounts_seen = 0
         #: Walks that have begun and not ended.
         self.walks = 0
         #: Watched directories by path. If a directory is here, so is the one that holds it.
@@ -373,25 +376,30 @@ class _Tree:
         self._events: dict[bytes, int] = {}
         self._base = ""
         self._base_period = 0
-        self._vouched: frozenset[int] = frozenset()
-        self._doubted: frozenset[bytes] = frozenset()
+        self._vouched: Set[int] = frozenset()
+        self._doubted: Set[bytes] = frozenset()
 
     def set_root(self, path: bytes, real_path: bytes, mounts: _Mounts) -> None:
         """Where the tree begins, which its first walk tells."""
         self.root, self._real_root = path, real_path
+        self._mounts_seen = mounts.refresh()
         self._mounted = mounts.below(real_path)
         self.mount_points = frozenset(path + point[len(real_path) :] for point in self._mounted)
 
     def has_mounts(self, mounts: _Mounts) -> bool:
         """Whether these are what is mounted below the root since it was set."""
-        return not self.root or self._mounted == mounts.below(self._real_root)
+        seen = mounts.refresh()
+        if not self.root or seen == self._mounts_seen:
+            return True
+        self._mounts_seen = seen
+        return self._mounted == mounts.below(self._real_root)
 
     def begin(self, walk: WatchedWalk) -> None:
         """Tell a walk what changed; what happens from now on belongs to its period or a later one."""
         walk.base = self._base
         if self._base:
             happened = {path for path, period in self._events.items() if period >= self._base_period}
-            walk.changed = self._doubted | happened
+            walk.changed = frozenset(self._doubted | happened)
             walk.vouched = self._vouched
         self._period += 1
         walk.period = self._period
@@ -402,17 +410,17 @@ class _Tree:
         if walk.period <= self._base_period:
             return
         if walk.visited:
-            vouched = frozenset(walk.visited)
+            self._vouched = walk.visited
         elif walk.base and not walk.changed:
-            vouched = walk.vouched
+            self._vouched = walk.vouched
         else:
             return
-        self._base, self._base_period = snapshot, walk.period
-        self._vouched, self._doubted = vouched, frozenset(walk.doubted)
+        self._base, self._base_period, self._doubted = snapshot, walk.period, walk.doubted
         self._events = {path: period for path, period in self._events.items() if period >= walk.period}
-        if not self.walks and len(vouched) < len(self.watches):
-            for path in [path for path, watch in self.watches.items() if watch not in vouched]:
-                self._drop(path)
+        if walk.visited and not self.walks:
+            for watch in self._paths.keys() - walk.visited:
+                if watch in self._paths:
+                    self._drop(self._paths[watch])
 
     def watch(self, path: bytes) -> int | None:
         """Watch this directory; None when the one that holds it is not watched."""
@@ -484,21 +492,27 @@ class _Mounts:
         self._changes.register(self._file.fileno(), select.POLLPRI)
         #: What is mounted, by path.
         self._mounts: dict[bytes, bytes] = {}
+        self._version = 0
         self._read()
 
     def close(self) -> None:
         self._file.close()
 
-    def below(self, path: bytes) -> dict[bytes, bytes]:
-        """What is mounted at or below the entries of this directory."""
+    def refresh(self) -> int:
+        """Look whether anything was mounted or unmounted; a number that changes when it was."""
         if self._changes.poll(0):
             self._read()
+        return self._version
+
+    def below(self, path: bytes) -> dict[bytes, bytes]:
+        """What was mounted below this directory at the last refresh."""
         prefix = path.rstrip(b"/") + b"/"
         return {point: what for point, what in self._mounts.items() if point.startswith(prefix)}
 
     def _read(self) -> None:
-        self._file.seek(0)
+        self._version += 1
         self._mounts = {}
+        self._file.seek(0)
         for line in self._file.readall().splitlines():
             # Id, parent, device, root, mount point: proc_pid_mountinfo(5).
             identity, _, device, root, point, _ = line.split(b" ", 5)
@@ -508,8 +522,9 @@ class _Mounts:
 
 
 def _share_of_watches() -> int:
-    """Half of the watches that a user may have: others need some as well."""
+    """A third of the watches that a user may have: a tree that is walked anew has its old ones for a
+    moment as well, and others need some."""
     try:
-        return int(_MAX_WATCHES_FILE.read_text()) // 2
+        return int(_MAX_WATCHES_FILE.read_text()) // 3
     except (OSError, ValueError):
-        return _DEFAULT_MAX_WATCHES // 2
+        return _DEFAULT_MAX_WATCHES // 3

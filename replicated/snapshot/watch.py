@@ -39,7 +39,7 @@ _MAX_REFUSED = 1024
 #: keep the daemon busy. They hold 16,384 events by default; should more come, the tree is unknown.
 _DRAIN_DELAY_S = 0.1
 _DEFAULT_MAX_WATCHES = 8192
-_LIMIT = "fs.inotify.max_user_watches is too low"
+_LIMIT = "fs.inotify.max_user_watches is too low for it"
 _MAX_WATCHES_FILE = Path("/proc/sys/fs/inotify/max_user_watches")
 _MOUNTS_FILE = "/proc/self/mountinfo"
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -143,7 +143,7 @@ class TreeWatches:
             if tree.is_closed or not is_told:
                 return None
             if self.watch_count >= self._max_watches:
-                self._give_up(tree, logging.WARNING, f"there are too many directories: {_LIMIT}")
+                self._give_up(tree, logging.WARNING, _LIMIT)
                 return None
             try:
                 return tree.watch(path)

@@ -62,19 +62,20 @@ def call(
     *,
     timeout_s: float | None = None,
     reach_s: float | None = None,
+    serve_options: Sequence[str] = (),
 ) -> _Reply:
     """The daemon's reply to one request; starts the daemon when none runs.
 
     Without `timeout_s`, which bounds all of it, it waits as long as the daemon works on it, and as long as
     the daemon's process answers pings. Raises the error that the daemon raised, `DaemonUnavailable` when
     none can be reached within about 20 s (or `reach_s`) or the time is up, `InternalError` when the daemon
-    failed by a bug.
+    failed by a bug. `serve_options` are for a daemon that is started by this call.
     """
     attempts = _Attempts(timeout_s, reach_s)
     while True:
         try:
             with _link.entered():
-                channel = _link.channel(attempts.reach_by())
+                channel = _link.channel(attempts.reach_by(), serve_options)
                 return channel.unary(method, request, reply_type, attempts.left_s())
         except Lost as lost:
             attempts.wait(lost)
@@ -123,11 +124,10 @@ def start_daemon(upload_limit: int = 0) -> DaemonInfo:
 
     One that is started now sends at most `upload_limit` bytes a second to repositories (0: no limit).
     """
-    if upload_limit:
-        with _link.entered():
-            _link.channel(time.monotonic() + HELLO_TIMEOUT_S, ("--limit", str(upload_limit)))
     request = pb.HelloRequest(protocol=wire.PROTOCOL_VERSION)
-    return decode_daemon(call("Hello", request, pb.HelloReply, timeout_s=HELLO_TIMEOUT_S))
+    options = ("--limit", str(upload_limit)) if upload_limit else ()
+    reply = call("Hello", request, pb.HelloReply, timeout_s=HELLO_TIMEOUT_S, serve_options=options)
+    return decode_daemon(reply)
 
 
 def stop_daemon(timeout_s: float = 30.0) -> bool:

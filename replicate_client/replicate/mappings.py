@@ -16,7 +16,6 @@ import struct
 from collections.abc import Iterator
 
 _MAPS = "/proc/self/maps"
-_DELETED = b" (deleted)"
 #: Address range, permissions, offset, device, inode, path.
 _LINE = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ rw[-x]s [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ \d+ +(/.*)$", re.MULTILINE)
 
@@ -43,8 +42,8 @@ def find_shared_mappings(directory: bytes) -> list[bytes]:
     if not paths:
         return []
     prefix = os.path.join(os.path.realpath(directory), b"")
-    below = (path[len(prefix) :] for path in map(_undeleted, paths) if path.startswith(prefix))
-    return sorted(below)
+    # A file that was removed is called `name (deleted)`; one may be called so.
+    return sorted(path[len(prefix) :] for path in paths if path.startswith(prefix) and os.path.lexists(path))
 
 
 def parse_maps(text: bytes) -> list[bytes]:
@@ -89,10 +88,3 @@ def _read(descriptor: int) -> bytes:
     while part := os.read(descriptor, 1 << 16):
         parts.append(part)
     return b"".join(parts)
-
-
-def _undeleted(path: bytes) -> bytes:
-    """The path, or nothing for a file that has no name any more."""
-    if path.endswith(_DELETED) and not os.path.lexists(path):
-        return b""
-    return path

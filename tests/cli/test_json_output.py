@@ -2,6 +2,7 @@ import base64
 import json
 import math
 import os
+from dataclasses import replace
 
 import hypothesis.strategies as st
 from hypothesis import given
@@ -60,6 +61,13 @@ def test_summary_has_the_keys_of_the_contract(make_summary, make_checkpoint):
     assert {"id", "created", "step", "path", "metrics", "primary_metric", "state"} <= set(
         shown["best_checkpoint"]
     )
+
+
+def test_seconds_of_waiting_are_given_or_null(make_summary):
+    summary = make_summary("ee")
+    assert summary_json(summary)["stall_seconds"] is None
+    waited = replace(summary, stall_s=1.5)
+    assert summary_json(waited)["stall_seconds"] == experiment_json(waited, None)["stall_seconds"] == 1.5
 
 
 def test_an_experiment_without_checkpoints_has_nulls(make_summary):

@@ -70,6 +70,15 @@ def test_an_experiment_in_full(make_summary, make_checkpoint, view):
     )
 
 
+def test_how_long_the_training_waited_is_shown_beside_how_long_it_took(make_summary, view):
+    summary = replace(make_summary("ee", status="stopped"), duration_s=9 * 3600.0, stall_s=0.42)
+    text = render_experiment(summary, [], view, everything=False)
+    assert "Waited:   0.4s of 9h for calls of replicate\n" in text
+    unknown = render_experiment(replace(summary, duration_s=None), [], view, everything=False)
+    assert "Waited:   0.4s for calls of replicate\n" in unknown
+    assert "Waited" not in render_experiment(replace(summary, stall_s=None), [], view, everything=False)
+
+
 def test_an_experiment_with_nothing(make_summary, view):
     assert render_experiment(make_summary("ee", status="running"), [], view, everything=False) == (
         "Experiment ee00000000000000000000000000000000000000000000000000000000000000\n"

@@ -79,6 +79,14 @@ def test_a_busy_daemon_says_how_long_and_what_failed(busy, view):
     )
 
 
+def test_leased_files_are_shown_when_there_are_any(idle, view):
+    leased = replace(idle, leased_files=1200, leased_bytes=3 << 30)
+    text = render_status(leased, view)
+    assert "Leased:  1,200 files (3.0 GiB) where they are\n" in text
+    assert status_json(leased)["leased"] == {"files": 1200, "bytes": 3 << 30}
+    assert status_json(idle)["leased"] == {"files": 0, "bytes": 0}
+
+
 def test_many_failures_name_a_few_to_forget(busy, view):
     text = render_failures(busy.failures * 5, view)
     assert "`replicate rm c200000 c200000 c200000 …` forgets" in text

@@ -429,6 +429,20 @@ def test_the_first_command_ever_in_a_home_directory_works(tmp_path):
         shutil.rmtree(environment["HOME"])
 
 
+def test_a_limit_is_chosen_when_the_daemon_starts(own_project):
+    refused = own_project.run("daemon", "start", "--limit", "5MB/s")
+    assert refused.returncode == 1
+    assert "error: the limit was not set: it is chosen when the daemon starts" in refused.stderr
+    own_project.replicate("daemon", "stop")
+    own_project.replicate("daemon", "start", "--limit", "5MB/s")
+    pid = own_project.json("daemon", "status")["pid"]
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        assert file.read().endswith(b"\0--limit\0005000000\0")
+    wrong = own_project.run("daemon", "start", "--limit", "fast")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: --limit: not a rate such as 50MB/s or 1000000: 'fast'")
+
+
 def test_the_daemon_starts_and_stops(own_project):
     pid = own_project.json("daemon", "status")["pid"]
     assert own_project.run("daemon", "start").stderr.startswith(f"The daemon already runs (pid {pid},")

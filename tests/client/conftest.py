@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from replicate import connection
+from replicate._pb import daemon_pb2 as pb
 
 DEADLINE_S = 60.0
+#: Also where a test lets the library believe in another one.
+PYTHON = sys.executable
 
 #: A server that speaks the protocol and keeps nothing: what it does is told by the request.
 SERVER = """
@@ -29,7 +32,7 @@ class Server(pb_grpc.DaemonServicer):
     asked = 0
 
     def Hello(self, request, context):
-        return pb.HelloReply(protocol=int(sys.argv[2]), version="9.9", pid=os.getpid())
+        return pb.HelloReply(protocol=int(sys.argv[1]), version="9.9", pid=os.getpid())
 
     def Resolve(self, request, context):
         Server.asked += 1
@@ -52,13 +55,36 @@ class Server(pb_grpc.DaemonServicer):
         for number in range(request.limit):
             yield pb.ExperimentSummary(status=str(number))
 
+    def _write(self, request, context, reply):
+        # Noted; and sent back as long as its repository says `full:N`, N times in all.
+        with open("requests", "ab") as file:
+            data = request.SerializeToString()
+            file.write(type(request).__name__.encode() + b" " + data.hex().encode() + b"\\n")
+        word, _, count = request.repository.rpartition("/")[2].partition(":")
+        Server.asked += 1
+        if word == "full" and Server.asked <= int(count):
+            error = from_code("queue_full", "9 GB wait", "patience", {})
+            context.set_trailing_metadata(((wire.ERROR_METADATA_KEY, wire.encode_error(error)),))
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "")
+        return reply
+
+    def CreateExperiment(self, request, context):
+        return self._write(request, context, pb.CaptureReply(state="captured"))
+
+    def CreateCheckpoint(self, request, context):
+        state = "failed" if request.missed_because else "captured"
+        return self._write(request, context, pb.CaptureReply(state=state))
+
+    def EndExperiment(self, request, context):
+        return self._write(request, context, pb.EndExperimentReply())
+
     def Shutdown(self, request, context):
         threading.Timer(0.1, os._exit, [0]).start()
         return pb.ShutdownReply()
 
-server = grpc.server(ThreadPoolExecutor(32))
+server = grpc.server(ThreadPoolExecutor(32), options=[("grpc.http2.max_ping_strikes", 0)])
 pb_grpc.add_DaemonServicer_to_server(Server(), server)
-server.add_insecure_port("unix:" + sys.argv[1])
+server.add_insecure_port("unix:run/replicated.sock")
 server.start()
 print("up", flush=True)
 server.wait_for_termination()
@@ -161,7 +187,7 @@ def server(home):
         (home / "run").mkdir(mode=0o700, exist_ok=True)
         # Bound through the directory, whose path may be too long.
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, "run/replicated.sock", str(protocol)],
+            [PYTHON, "-c", SERVER, str(protocol)],
             cwd=home,
             stdout=subprocess.PIPE,
         )
@@ -171,6 +197,31 @@ def server(home):
 
     yield start
     for process in processes:
-        process.kill()
+        process.kill()  # also when it is stopped
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture
+def written(home):
+    """The requests that write, as the server noted them, in order."""
+
+    def read():
+        file = home / "requests"
+        lines = [line.split(" ") for line in file.read_text().splitlines()] if file.exists() else []
+        return [getattr(pb, name).FromString(bytes.fromhex(data)) for name, data in lines]
+
+    return read
+
+
+@pytest.fixture
+def no_daemon(home, tmp_path, monkeypatch):
+    """Let the daemon be unable to start; gives the file with a line for each time it was tried."""
+    starts = tmp_path / "starts"
+    program = tmp_path / "python-that-fails"
+    program.write_text(f"#!/bin/sh\necho x >>{starts}\necho 'no luck' >&2\nexit 7\n")
+    program.chmod(0o755)
+    starts.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(program))
+        yield starts

@@ -109,6 +109,14 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(directo
         ("? {a: b}\n: b\n", 1, "unknown key `a mapping`"),
         ("1: b\n", 1, "unknown key `1`"),
         ("a: 1\n---\nb: 2\n", 2, "not valid YAML"),
+        ("\nqueue_limit: much\n", 2, "`queue_limit`: not a size such as 20GB"),
+        ("spool_limit: [1]\n", 1, "`spool_limit`: not a size such as 20GB"),
+        ("spool_limit: {a: b}\n", 1, "`spool_limit`: not a size such as 20GB"),
+        ("spool_limit: true\n", 1, "`spool_limit`: not a size such as 20GB"),
+        ("spool_limit: 0\n", 1, "`spool_limit`: must be from 1 byte"),
+        ("queue_limit: -5GB\n", 1, "`queue_limit`: not a size such as 20GB"),
+        ("queue_limit: 5GB/s\n", 1, "`queue_limit`: not a size such as 20GB"),
+        ("upload_limit: fast\n", 1, "`upload_limit`: not a rate such as 50MB/s"),
     ],
 )
 def test_what_is_wrong_is_told_with_file_and_line(directory, text, line, problem):
@@ -118,6 +126,22 @@ def test_what_is_wrong_is_told_with_file_and_line(directory, text, line, problem
     assert caught.value.message.startswith(f"{file}:{line}: ")
     assert problem in caught.value.message
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("written", "size_bytes"),
+    [("20GB", 20 * 10**9), ("512MiB", 512 << 20), ("1000000", 10**6), ("1.5e", 15 * 10**17), ("", 0)],
+)
+def test_limits_are_sizes(directory, written, size_bytes):
+    write(directory, f"queue_limit: {written}\nspool_limit: {written}\nupload_limit: {written}\n")
+    project = find_project()
+    assert (project.queue_limit, project.spool_limit, project.upload_limit) == (size_bytes,) * 3
+
+
+def test_an_upload_limit_may_be_a_rate(directory):
+    write(directory, "upload_limit: 50MB/s\n")
+    project = find_project()
+    assert (project.queue_limit, project.spool_limit, project.upload_limit) == (0, 0, 50 * 10**6)
 
 
 def test_a_file_that_is_not_text_is_an_error_naming_the_line(directory):

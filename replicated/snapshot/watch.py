@@ -430,7 +430,7 @@ class _Tree:
             return None
         if path in self.watches:
             return self.watches[path]
-        watch = self.instance.add(path)
+        watch = self.instance.add(self._real_root + path[len(self.root) :])
         if watch in self._paths:
             # It was moved, which is yet to be read, or the same directory is mounted in two places.
             self._drop(self._paths[watch])

@@ -13,18 +13,18 @@ from rig.sites import IS_LONG, SEED, rounds
 import replicate
 
 #: From so many files on, a tree is watched, and what has no events is not even listed.
-WATCHED = 2500
+WATCHED = 2100
 
 
 @pytest.mark.parametrize("name", NAMES if IS_LONG else ("ext4", "btrfs"))
 def test_trees_that_are_attacked_are_saved_as_they_were(make_site, name):
     site = make_site(name)
-    site.train(workload="tree", rounds=rounds(10))
+    site.train(workload="tree", rounds=rounds(6))
     assert set(site.judge().values()) == {"stored"}
 
 
 def test_a_tree_that_is_large_enough_to_be_watched_is_saved_as_it_was(site):
-    site.train(workload="tree", tree_files=WATCHED, rounds=rounds(8))
+    site.train(workload="tree", tree_files=WATCHED, rounds=rounds(4))
     assert set(site.judge().values()) == {"stored"}
 
 
@@ -35,7 +35,7 @@ def test_trees_that_are_attacked_after_init_are_saved_as_they_were(site, tmp_pat
     made = []
     with site.recording():
         project = replicate.Project(repository=site.url, directory=str(site.project))
-        for number in range(rounds(6)):
+        for number in range(rounds(5)):
             random = Random(f"{SEED}/{number}")
             expected = describe(site.project, ["tree"])
             attack = random.choice(writers.TREE_WRITERS)

@@ -11,12 +11,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
 import replicate
+from replicate.errors import NotStored
 
 #: Path → (type, permission bits, mtime in ns, size, hash or target); JSON makes the tuples lists.
 Description = dict[str, list]
@@ -82,7 +83,8 @@ def judge(
     identifier = chronicle.read("begun")[0]["experiment"]
     project = replicate.Project(repository=repository, directory=str(home))
     with using(home):
-        replicate.flush(timeout=300)
+        with suppress(NotStored):
+            replicate.flush(timeout=300)
         listed = {one.step: one for one in project.experiments.get(identifier).checkpoints}
         states = {step: one.state for step, one in listed.items()}
         reasons = {step: one.error for step, one in listed.items() if states[step] == "failed"}

@@ -35,7 +35,7 @@ class Plan:
 
     seed: int
     rounds: int
-    #: `files`: a few files of telling sizes; `tree`: many small ones, in directories.
+    #: `files`: a few files of telling sizes; `tree`: many small ones; `steps`: new ones that are left alone.
     workload: str = "files"
     sizes: tuple[int, ...] = (0, 1, 4096, 70_000, 1 << 20, (1 << 20) + 1, 5_000_000)
     tree_files: int = 300
@@ -43,7 +43,6 @@ class Plan:
     rungs: tuple[str, ...] = ("",)
     #: Rungs that this file system does not have: each checkpoint on them must fail.
     impossible: tuple[str, ...] = ()
-    attacks: bool = True
     #: What is killed and how, for example `daemon KILL`, and in how many of the rounds.
     kills: tuple[str, ...] = ()
     kill_chance: float = 0.3
@@ -225,7 +224,33 @@ class Tree:
         """Nothing is open."""
 
 
-WORKLOADS = {"files": Files, "tree": Tree}
+class Steps:
+    """What most scripts do: new files for each checkpoint, which nobody touches again."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._sizes = plan.sizes
+        self._top = Path("step")
+
+    def prepare(self, random: Random) -> None:
+        self._top = Path(f"step-{random.random()}")
+        self._top.mkdir()
+        for number, size in enumerate(self._sizes):
+            (self._top / f"{number}").write_bytes(writers.content(random, size))
+
+    def paths(self, random: Random, rung: str) -> list[str]:
+        return [str(self._top)]
+
+    def attacks(self, random: Random) -> list[list[Attack]]:
+        return [[], [], []]
+
+    def attack_what_is_kept(self, random: Random) -> None:
+        """Nothing is."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+WORKLOADS = {"files": Files, "tree": Tree, "steps": Steps}
 
 
 def train(plan: Plan, chronicle: Chronicle) -> None:
@@ -241,7 +266,7 @@ def train(plan: Plan, chronicle: Chronicle) -> None:
         rung = os.environ["REPLICATE_CAPTURE_RUNG"] = plan.rungs[step % len(plan.rungs)]
         workload.prepare(random)
         paths = workload.paths(random, rung)
-        attacks = workload.attacks(random) if plan.attacks else [[], [], []]
+        attacks = workload.attacks(random)
         expected = describe(Path(), paths)
         has_content = any(kind == "file" and size for kind, _, _, size, _ in expected.values())
         chronicle.write(
@@ -259,8 +284,7 @@ def train(plan: Plan, chronicle: Chronicle) -> None:
         killer.arm(random, step)
         checkpoint = experiment.checkpoint(path=paths, step=step, quiet=True)
         actors.release()
-        if plan.attacks:
-            workload.attack_what_is_kept(random)
+        workload.attack_what_is_kept(random)
         perform(attacks[2])
         chronicle.write(
             "returned", step=step, id=checkpoint.id, state=checkpoint.state, error=checkpoint.error

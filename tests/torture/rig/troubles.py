@@ -26,8 +26,9 @@ class Killer:
         self._timers: list[threading.Timer] = []
 
     def arm(self, random: Random, step: int) -> None:
-        """Choose whether, whom and when; to be called just before `checkpoint`."""
-        if not self._kills or random.random() > self._chance:
+        """Choose whether, whom and when; called just before `checkpoint`. One kill is prepared at a time."""
+        is_quiet = all(not timer.is_alive() for timer in self._timers)
+        if not self._kills or not is_quiet or random.random() > self._chance:
             return
         whom, how = random.choice(self._kills)
         delay_s = random.choice([0.0, random.uniform(0, 0.02), random.uniform(0, 0.5)])

@@ -527,8 +527,20 @@ def test_the_byte_of_a_slot_is_set_before_a_reader_can_see_what_a_writer_writes(
         held.release(snapshot)
 
 
-def test_breaks_are_heard_of_when_the_kernel_has_no_room_for_their_signals(held, path):
-    hold(held, path)
+@pytest.fixture
+def without_scans(monkeypatch):
+    """A function that holds a first file, after which nothing but signals tells of breaks."""
+    monkeypatch.setattr("replicated.snapshot.held._SCAN_INTERVAL_S", 3600)
+
+    def hold_first(held, path):
+        hold(held, path)
+        until(lambda: held._scanned_at)
+
+    return hold_first
+
+
+def test_breaks_are_heard_of_when_the_kernel_has_no_room_for_their_signals(held, path, without_scans):
+    without_scans(held, path)
     soft, hard = resource.getrlimit(resource.RLIMIT_SIGPENDING)
     resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, hard))
     try:
@@ -538,7 +550,8 @@ def test_breaks_are_heard_of_when_the_kernel_has_no_room_for_their_signals(held,
     assert content(held) == CONTENT
 
 
-def test_breaks_are_found_when_no_signal_comes(held, path):
+def test_breaks_are_found_when_no_signal_comes(held, path, monkeypatch):
+    monkeypatch.setattr("replicated.snapshot.held._SCAN_INTERVAL_S", 0.05)
     done = threading.Event()
     ready = threading.Event()
 
@@ -556,6 +569,35 @@ def test_breaks_are_found_when_no_signal_comes(held, path):
     done.set()
     deaf.join()
     assert content(held) == CONTENT
+
+
+def test_a_writer_that_comes_before_the_file_is_entered_is_noticed(held, path, tmp_path, without_scans):
+    (tmp_path / "other").write_bytes(b"other")
+    without_scans(held, tmp_path / "other")
+    heard, heard_before_waiting = [], [0]
+    wait, take = held._waiter.wait, leases.take
+    writers = []
+
+    def wait_and_note(timeout_s):
+        heard_before_waiting.append(len(heard))
+        breaks = wait(timeout_s)
+        heard.extend(breaks.descriptors)
+        return breaks
+
+    def take_and_have_it_broken(descriptor, thread):
+        is_taken = take(descriptor, thread)
+        writers.append(start_writer("open(path, 'wb').write(b'new')", path))
+        # Until the signal has come and gone.
+        until(lambda: heard == [descriptor] and heard_before_waiting[-1] == 1)
+        return is_taken
+
+    held._waiter.wait = wait_and_note
+    held._waiter.wake()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leases, "take", take_and_have_it_broken)
+        hold(held, path)
+    finish(*writers)
+    assert content(held, "a", 1) == CONTENT
 
 
 def test_ten_thousand_held_files_survive_a_writer_that_rewrites_them_all(make_held, tmp_path):

@@ -31,8 +31,8 @@ from replicated.snapshot.inotify import Inotify
 MIN_FILES: Final = 2000
 #: Everything is walked again after so long.
 FULL_WALK_S: Final = 600.0
-#: An instance each, of which a user may have 128 by default.
-MAX_TREES: Final = 16
+#: Each needs an inotify instance, of which a user may have 128 by default.
+MAX_TREES: Final = 8
 #: Trees of which it is remembered that they are not worth watching, or cannot be watched.
 _MAX_REFUSED = 1024
 #: Queues are read so long after something arrived: a file that is written all the time would otherwise
@@ -193,16 +193,15 @@ class TreeWatches:
                 return None
             self._close(idle)
         assert self._epoll is not None
+        instance = None
         try:
             instance = Inotify()
-        except OSError as error:
-            _log.warning("changes of files are not watched: %s", error)
-            return None
-        try:
             self._epoll.register(instance.descriptor, select.EPOLLIN)
         except OSError as error:
             _log.warning("changes of files are not watched: %s", error)
-            instance.close()
+            self._refuse(key, now + FULL_WALK_S)
+            if instance is not None:
+                instance.close()
             return None
         tree = self._trees[key] = _Tree(key, instance, now)
         return tree

@@ -287,6 +287,9 @@ class Claims(RuleBasedStateMachine):
         self.captures: dict[str, Found] = {}
         self.walkers: list[Walker] = []
         self.made = 0
+        self.walk_all_at_once()
+        # Else nothing would be claimed.
+        assert self.watches.watch_count
 
     def teardown(self) -> None:
         if hasattr(self, "tree"):
@@ -377,9 +380,11 @@ class ClaimsSeldomChecked(Claims):
         check_claims(self.watches, self.tree.root, self.captures)
 
     def teardown(self) -> None:
-        if hasattr(self, "tree"):
-            check_claims(self.watches, self.tree.root, self.captures)
-        super().teardown()
+        try:
+            if hasattr(self, "tree"):
+                check_claims(self.watches, self.tree.root, self.captures)
+        finally:
+            super().teardown()
 
 
 TestClaims = Claims.TestCase
@@ -438,6 +443,11 @@ def test_claims_hold_while_others_change_the_tree_at_full_speed(seed: int) -> No
             for thread in changers + walkers:
                 thread.join()
             assert not errors
+            check_claims(watches, tree.root, captures)
+            walker = Walker(watches, tree.root, captures)
+            walker.run()
+            walker.commit("last")
+            assert watches.watch_count
             check_claims(watches, tree.root, captures)
     finally:
         tree.close()

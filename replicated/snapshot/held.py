@@ -298,6 +298,8 @@ class HeldFiles:
         """A writer waits for this file: have it copied. With the lock."""
         if held.deadline is not None:
             return
+        # At once, not only when the lease ends: should the copy take too long, the kernel ends it before us.
+        self._holdings.flag(held)
         # Not from now: after a minute in which the process did not run, an old break looks like a new one.
         whole_at = max(held.held_at, self._scanned_at)
         held.deadline = whole_at + self._break_time_s() * (1 - _MARGIN)

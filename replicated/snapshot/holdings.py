@@ -113,13 +113,17 @@ class Holdings:
                 disowned.append(held)
         return disowned
 
+    def flag(self, held: HeldFile) -> None:
+        """Let what is read from a leased file from now on not be believed."""
+        assert held.slot is not None
+        self._slots.flag(held.slot)
+
     def end_lease(self, held: HeldFile) -> int:
         """Take a leased file out of the tables; the caller closes what this returns.
 
         That lets the writers go on, so the flag of the slot is set here, before.
         """
-        assert held.slot is not None
-        self._slots.flag(held.slot)
+        self.flag(held)
         descriptor, held.descriptor = held.descriptor, -1
         del self.leased[descriptor]
         self.leased_bytes -= held.info.st_size

@@ -304,8 +304,9 @@ def test_an_empty_file_can_be_held(held, tmp_path):
 
 
 def test_who_opens_while_a_writer_waits_gets_the_copy(held, path, monkeypatch):
-    """Not the file itself, which may change before it is read."""
+    """Not the file itself, which may change before it is read; who has it open already is told so."""
     hold(held, path)
+    already = held.open("a", 0)
     go = threading.Event()
     copy = duplicate.copy
     monkeypatch.setattr(duplicate, "copy", lambda *arguments: go.wait(DEADLINE_S) and copy(*arguments))
@@ -314,7 +315,9 @@ def test_who_opens_while_a_writer_waits_gets_the_copy(held, path, monkeypatch):
     opened = []
     reader = threading.Thread(target=lambda: opened.append(is_copy(held)))
     reader.start()
+    until(lambda: os.pread(held.flags_descriptor, 1, already.slot) == b"\1")
     assert writer.poll() is None
+    os.close(already.descriptor)
     go.set()
     reader.join()
     finish(writer)

@@ -68,13 +68,18 @@ def find_home() -> Home:
     """
     root = chosen_root()
     if root is not None:
-        return Home(root / "state", root / "cache", root / "run", root / "logs")
+        return _home_in(root)
     user = Path.home()
     state = (_xdg_directory("XDG_STATE_HOME") or user / ".local" / "state") / "replicate"
     cache = (_xdg_directory("XDG_CACHE_HOME") or user / ".cache") / "replicate"
     runtime = _xdg_directory("XDG_RUNTIME_DIR")
     run = runtime / "replicate" if runtime and runtime.is_dir() else state / "run"
     return Home(state, cache, run, state / "logs")
+
+
+@lru_cache
+def _home_in(root: Path) -> Home:
+    return Home(root / "state", root / "cache", root / "run", root / "logs")
 
 
 def chosen_root() -> Path | None:

@@ -9,6 +9,7 @@ import replicate
 from replicate import channel, connection, delivery, launch, missed, notices
 from replicate._pb import daemon_pb2 as pb
 from replicate.errors import DaemonUnavailable
+from replicate.home import find_home
 
 
 @pytest.fixture(autouse=True)
@@ -240,11 +241,12 @@ def test_training_goes_on_past_a_stopped_daemon_and_is_told_when_it_goes_on(
     assert list(told) == [one.id for one in made]
 
 
-def test_a_process_that_is_stopped_is_named(home):
+def test_a_process_that_is_stopped_is_named(home, wait_until):
     pid = connection.start_daemon().pid
-    assert launch.describe_silence(replicate.home.find_home())[0] == ""
+    assert launch.describe_silence(find_home())[0] == ""
     os.kill(pid, signal.SIGSTOP)
-    reason, hint = launch.describe_silence(replicate.home.find_home())
+    wait_until(lambda: launch.describe_silence(find_home())[0], "the process is stopped")
+    reason, hint = launch.describe_silence(find_home())
     os.kill(pid, signal.SIGCONT)
     assert (reason, hint) == (
         f"its process {pid} was stopped by a signal",

@@ -12,6 +12,7 @@ said about most of what a directory holds; that they are right is what the tests
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
@@ -39,23 +40,31 @@ Decision = Literal["keep", "ignored", "secret"]
 class NameRules(NamedTuple):
     """The names in one directory about which a rule may say something; about any other none does."""
 
-    exact: frozenset[str]
-    suffixes: tuple[str, ...]
+    exact: frozenset[bytes]
+    suffixes: tuple[bytes, ...]
     #: A pattern for the names that the others cannot express.
     other: re.Pattern[str] | None
 
-    def may_concern(self, name: str) -> bool:
-        """Whether `IgnoreRules.decide` has to be asked; otherwise the entry is kept."""
-        return (
-            name in self.exact
-            or name.endswith(self.suffixes)
-            or (self.other is not None and self.other.fullmatch(name) is not None)
-        )
+    def concerned(self, names: Iterable[bytes]) -> list[bytes]:
+        """Those of the names for which `IgnoreRules.decide` has to be asked; the others are kept."""
+        exact, suffixes = self.exact, self.suffixes
+        if self.other is None:
+            return [name for name in names if name in exact or name.endswith(suffixes)]
+        matches = self.other.fullmatch
+        return [
+            name
+            for name in names
+            if name in exact or name.endswith(suffixes) or matches(os.fsdecode(name)) is not None
+        ]
 
 
-# pathspec takes a name that ends with a line feed for the name without it.
-_BUILT_IN: Final = NameRules(NEVER_SAVED | _CACHES | _SECRET_NAMES, (*_SECRET_SUFFIXES, "\n"), None)
-_ANY_NAME: Final = NameRules(frozenset(), ("",), None)
+_BUILT_IN: Final = NameRules(
+    frozenset(map(os.fsencode, NEVER_SAVED | _CACHES | _SECRET_NAMES)),
+    # pathspec takes a name that ends with a line feed for the name without it.
+    (*map(os.fsencode, _SECRET_SUFFIXES), b"\n"),
+    None,
+)
+_ANY_NAME: Final = NameRules(frozenset(), (b"",), None)
 
 
 class IgnoreRules:
@@ -104,9 +113,9 @@ class IgnoreRules:
         for level in self._levels:
             for shape in level.shapes(directory):
                 if shape.kind == "exact":
-                    exact.add(shape.text)
+                    exact.add(os.fsencode(shape.text))
                 elif shape.kind == "suffix":
-                    suffixes.add(shape.text)
+                    suffixes.add(os.fsencode(shape.text))
                 else:
                     others.add(shape.text)
         other = re.compile("|".join(sorted(others)), re.DOTALL) if others else None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from replicate.errors import CaptureFailed, ChangedWhileReading, PathMissing
-from replicated.snapshot import walk
+from replicated.snapshot import listing
 from replicated.snapshot.capture import Capturer
 from replicated.snapshot.entries import HELD, PACKED, SPOOLED
 from replicated.snapshot.freeze import SMALL_FILE_BYTES
@@ -232,7 +232,7 @@ WAYS = [(100, ""), (2 * SMALL_FILE_BYTES, "memory"), (2 * SMALL_FILE_BYTES, "cop
 @pytest.mark.parametrize(("size", "rung"), WAYS)
 def test_a_file_that_keeps_changing_is_refused_and_named(captures, project, monkeypatch, size, rung):
     file = write(project / "live.log", b"x" * size)
-    monkeypatch.setattr(walk, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(listing, "FIRST_PAUSE_S", 0.0)
     real_fstat = os.fstat
 
     def fstat(descriptor):

@@ -32,6 +32,7 @@ def open_database(
     schema: str,
     durable: bool,
     upgrades: Mapping[int, str] | None = None,
+    busy_timeout_s: float = BUSY_TIMEOUT_S,
 ) -> sqlite3.Connection:
     """A connection to the database at `path`, which is made with `schema` when it is new.
 
@@ -41,7 +42,8 @@ def open_database(
     `with connection:` commits what was written within, or rolls it back when an exception passes;
     transactions that write begin as such, so that waiting for another process works. May be used from
     any thread, by one at a time. `durable`: a commit survives power loss, and the file is checked when
-    opened; else the database is a cache, and power loss may lose commits but not mix them up.
+    opened; else the database is a cache, and power loss may lose commits but not mix them up. Statements
+    wait for other processes for `busy_timeout_s`.
 
     Raises `DatabaseUnusable` when the file is damaged, cannot be opened, or belongs to another
     application or version; nothing is changed then.
@@ -49,7 +51,7 @@ def open_database(
     connection = None
     try:
         connection = sqlite3.connect(
-            path, timeout=BUSY_TIMEOUT_S, isolation_level="IMMEDIATE", check_same_thread=False
+            path, timeout=busy_timeout_s, isolation_level="IMMEDIATE", check_same_thread=False
         )
         _check_identity(connection, path, application_id, user_version, upgrades or {})
         # In WAL mode NORMAL loses acknowledged commits at power cuts (tried: 36 of 40 on ext4).

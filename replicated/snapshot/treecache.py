@@ -53,6 +53,7 @@ CREATE TABLE directories (
     sources BLOB NOT NULL,
     children BLOB NOT NULL
 );
+CREATE INDEX directories_by_use ON directories (used);
 -- One selection of a project each: by the key that its capture makes of directory, paths and rules.
 CREATE TABLE trees (
     key BLOB PRIMARY KEY,
@@ -69,7 +70,7 @@ _STAMP_DAYS = 7
 _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 1000
 #: A capture waits for its answer; a directory that is listed anew costs less than this.
-_BUSY_TIMEOUT_MS = 1000
+_BUSY_TIMEOUT_S = 1.0
 #: So that a capture of many directories does not try to open it for each of them.
 _RETRY_S = 5.0
 _DAY_NS = 86_400 * 10**9
@@ -260,7 +261,6 @@ class TreeCache:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._connection = self._open(max(number, *self._numbers(), 0))
-            self._connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             _log.warning("cannot open the tree cache in %s: %s", self._directory, error)
             self._disconnect()
@@ -286,6 +286,7 @@ class TreeCache:
                     user_version=SCHEMA_VERSION,
                     schema=_SCHEMA,
                     durable=False,
+                    busy_timeout_s=_BUSY_TIMEOUT_S,
                 )
             except DatabaseUnusable as error:
                 # As in `_attempt`; without a cause it is of another version.

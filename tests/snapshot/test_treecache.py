@@ -13,7 +13,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from replicated import sqlite
 from replicated.format.manifest import RootNode
 from replicated.snapshot import treecache
 from replicated.snapshot.entries import Row, pack_rows, unpack_rows
@@ -423,7 +422,7 @@ def test_one_who_writes_for_long_does_not_keep_others_from_reading(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(treecache, "_BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(treecache, "_BUSY_TIMEOUT_S", 0.001)
     cache = open_cache()
     cache.store([(b"/a", directory(1))], (b"key", TREE))
     (database,) = databases(tmp_path)
@@ -447,7 +446,7 @@ def test_one_who_keeps_it_locked_costs_one_wait_and_not_one_for_each_directory(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.001)
+    monkeypatch.setattr(treecache, "_BUSY_TIMEOUT_S", 0.001)
     cache = open_cache()
     cache.store([(b"/a", directory(1))])
     cache.close()

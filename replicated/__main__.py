@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return process.main(arguments[1:])
     if arguments[:1] == ["store-process"]:
-        take_lowest_priority()  # before anything is loaded, and any thread begins
+        if "--urgent" not in arguments:
+            take_lowest_priority()  # before anything is loaded, and any thread begins
         from replicated.snapshot import store_process
 
         return store_process.main(arguments[1:])

@@ -38,7 +38,7 @@ from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
 from replicated.rpc import RpcServer, Services
 from replicated.snapshot.capture import Capturer
-from replicated.snapshot.held import HeldFiles, block_signals
+from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.recovery import recover
 from replicated.snapshot.spool import Spool
 from replicated.snapshot.tree_caches import TreeCaches
@@ -86,7 +86,6 @@ def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S, uplo
     with _owning(home):
         _start_logging(home)
         _raise_descriptor_limit()
-        block_signals()  # before there is another thread
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         stop = threading.Event()
 

@@ -30,6 +30,8 @@ from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
 from replicated.storing import Storing
 
+#: Somebody who waited is likely to wait again: clients ask in steps.
+URGENT_AFTER_WAIT_S = 2.0
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
 #: A bug of ours is tried this often before the job fails, so that it cannot block the queue for ever.
@@ -86,6 +88,9 @@ class Jobs:
         self._changed = threading.Condition(self._lock)
         self._workers: dict[str, _Worker] = {}
         self._stopping = False
+        #: Threads that wait for something to be stored, and until when that counts after they left.
+        self._waiting = 0
+        self._urgent_until = 0.0
         #: Held while a job is published and while `removal` removes one: whichever comes second sees
         #: what the first did, so a removed snapshot cannot appear afterwards.
         self.publishing = threading.Lock()
@@ -156,13 +161,27 @@ class Jobs:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return
-                self._changed.wait(left)
+                self._wait_urgently(left)
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Return when a job has been finished, or late."""
         with self._changed:
             if not self._stopping:
-                self._changed.wait(timeout_s)
+                self._wait_urgently(timeout_s)
+
+    def _wait_urgently(self, timeout_s: float) -> None:
+        """Wait for a change; what is stored meanwhile is stored at normal priority."""
+        self._waiting += 1
+        try:
+            self._changed.wait(timeout_s)
+        finally:
+            self._waiting -= 1
+            self._urgent_until = time.monotonic() + URGENT_AFTER_WAIT_S
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether somebody waits for what is being stored: a user, or training that is held up."""
+        return self._waiting > 0 or time.monotonic() < self._urgent_until
 
     def _finished(self) -> None:
         with self._changed:
@@ -306,6 +325,7 @@ class _Worker:
             jobs._frozen.spool.path(job.id),
             upload_limit=min(limits, default=0),
             on_progress=self._on_progress,
+            is_urgent=lambda: jobs.is_urgent,
         )
         return Snapshot(SnapshotId(job.id), root)
 

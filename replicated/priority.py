@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from typing import Final
 
+NORMAL_NICENESS: Final = 0
 LOWEST_NICENESS: Final = 19
 
 #: Numbers of ioprio_set(2), which the C library has no function for; elsewhere it is 30.
@@ -20,6 +21,7 @@ _IOPRIO_SET: Final = {"x86_64": 251, "ppc64le": 273, "ppc64": 273, "s390x": 282}
 _NEWER_MACHINES: Final = ("aarch64", "riscv64", "loongarch64")
 _OTHERS_IOPRIO_SET: Final = 30
 _WHO_PROCESS: Final = 1
+_CLASS_NONE: Final = 0
 _CLASS_IDLE: Final = 3 << 13
 
 #: The kernel takes ten changes of autogroups a second, of all processes together.
@@ -36,23 +38,47 @@ def take_lowest_priority() -> None:
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, LOWEST_NICENESS)
     if os.getsid(0) == os.getpid():
-        _lower_session()
+        _set_session("self", LOWEST_NICENESS)
+    _set_io_class(0, _CLASS_IDLE)
+
+
+def set_priority(pid: int, *, is_lowest: bool) -> bool:
+    """Raise to normal, or lower again, a process that leads its session; False when that is not allowed.
+
+    Lowering always is; raising takes privileges or a limit (RLIMIT_NICE) that few users have.
+    """
+    niceness = LOWEST_NICENESS if is_lowest else NORMAL_NICENESS
+    try:
+        threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+        for thread in threads:
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
+    except PermissionError:
+        return False
+    except OSError:
+        return True  # one that has just ended
+    for thread in threads:
+        _set_io_class(thread, _CLASS_IDLE if is_lowest else _CLASS_NONE)
+    _set_session(str(pid), niceness)
+    return True
+
+
+def _set_io_class(thread: int, io_class: int) -> None:
     number = _ioprio_set_number()
     if number is not None:
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).syscall(
                 ctypes.c_long(number),
                 ctypes.c_long(_WHO_PROCESS),
-                ctypes.c_long(0),
-                ctypes.c_long(_CLASS_IDLE),
+                ctypes.c_long(thread),
+                ctypes.c_long(io_class),
             )
 
 
-def _lower_session() -> None:
+def _set_session(pid: str, niceness: int) -> None:
     for _ in range(_AUTOGROUP_TRIES):
         try:
-            with open("/proc/self/autogroup", "w", encoding="ascii") as file:
-                file.write(str(LOWEST_NICENESS))
+            with open(f"/proc/{pid}/autogroup", "w", encoding="ascii") as file:
+                file.write(str(niceness))
         except BlockingIOError:
             time.sleep(_AUTOGROUP_PAUSE_S)
         except OSError:

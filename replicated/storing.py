@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from replicated.format.manifest import RootNode
+from replicated.priority import set_priority
 from replicated.snapshot import store_channel
 from replicated.snapshot.entries import unpack_root
 from replicated.snapshot.held import HeldFiles
@@ -42,6 +43,10 @@ ABORT_GRACE_S: Final = 2.0
 _COMMAND = (sys.executable, "-m", "replicated", "store-process")
 
 _log = logging.getLogger(__name__)
+
+
+class _TooSlow(Exception):
+    """Somebody waits, and the process cannot be made faster."""
 
 
 class StoreProcessDied(Exception):
@@ -68,16 +73,18 @@ class Storing:
         *,
         upload_limit: int,
         on_progress: Callable[[int], None],
+        is_urgent: Callable[[], bool] = lambda: False,
     ) -> RootNode:
         """Bring what was captured into the repository; the root that is to be committed.
 
         Empty `entries` are read from the spool directory. `upload_limit` is in bytes a second, 0 for
         none. `on_progress` gets the bytes of content done so far, from time to time also when that is no
-        more than before; what it raises passes, and the ingest is given up. Raises what `ingest` raises,
-        `OSError`s as `StoringFailed`, `StoringBroken` for a bug, and `StoreProcessDied`.
+        more than before; what it raises passes, and the ingest is given up. While `is_urgent`, somebody
+        waits for it: the process then has normal priority. Raises what `ingest` raises, `OSError`s as
+        `StoringFailed`, `StoringBroken` for a bug, and `StoreProcessDied`.
         """
         while True:
-            process = self._process or self._start()
+            process = self._process or self._start(is_urgent=is_urgent())
             try:
                 process.channel.send(
                     store_channel.INGEST,
@@ -87,8 +94,11 @@ class Storing:
                     os.fsencode(spool_directory),
                     upload_limit,
                 )
-                answer = self._serve(process, snapshot, on_progress)
+                answer = self._serve(process, snapshot, on_progress, is_urgent)
                 break
+            except _TooSlow:
+                # From the beginning: what has been stored is found and not stored again.
+                self.stop()
             except ChannelClosed:
                 self._process = None
                 how = process.end()
@@ -105,15 +115,23 @@ class Storing:
             self._process.end()
             self._process = None
 
-    def _start(self) -> _Process:
-        self._process = _Process(self._held.flags_descriptor, self._cache)
+    def _start(self, *, is_urgent: bool) -> _Process:
+        self._process = _Process(self._held.flags_descriptor, self._cache, is_urgent=is_urgent)
         return self._process
 
-    def _serve(self, process: _Process, snapshot: str, on_progress: Callable[[int], None]) -> Message:
+    def _serve(
+        self,
+        process: _Process,
+        snapshot: str,
+        on_progress: Callable[[int], None],
+        is_urgent: Callable[[], bool],
+    ) -> Message:
         """Give the process what it asks for until it answers; its answer."""
         done = 0
         try:
             while True:
+                if not process.adapt(is_urgent=is_urgent()):
+                    raise _TooSlow
                 message = process.channel.receive(PROGRESS_S)
                 if message is None or message.kind == store_channel.PROGRESS:
                     done = message.values[0] if message is not None else done
@@ -146,7 +164,8 @@ class Storing:
 class _Process:
     """A running store process."""
 
-    def __init__(self, flags_descriptor: int, cache: Path) -> None:
+    def __init__(self, flags_descriptor: int, cache: Path, *, is_urgent: bool) -> None:
+        self._is_urgent = is_urgent
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(ours)
         self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
@@ -156,6 +175,7 @@ class _Process:
             f"--flags={flags_descriptor}",
             f"--cache={cache}",
             f"--parent={os.getpid()}",
+            *(["--urgent"] if is_urgent else []),
         ]
         try:
             self._process = subprocess.Popen(
@@ -177,6 +197,14 @@ class _Process:
         # So that one that has left does not stay a zombie until there is something to do again.
         self._reaper = threading.Thread(target=self._process.wait, name="store process", daemon=True)
         self._reaper.start()
+
+    def adapt(self, *, is_urgent: bool) -> bool:
+        """Give it the priority that fits; False when it is too slow and cannot be made faster."""
+        if is_urgent != self._is_urgent:
+            if not set_priority(self._process.pid, is_lowest=not is_urgent):
+                return False
+            self._is_urgent = is_urgent
+        return True
 
     def abort(self) -> bool:
         """Let it give up what it does; whether it can be used again, else it is ended."""

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final, TypeAlias
 
 from replicate.errors import CaptureFailed
+from replicated.snapshot import leases
 from replicated.snapshot.entries import HELD, PACKED, SPOOLED, Row, Source
 from replicated.writer import ReadInto
 
@@ -37,11 +38,21 @@ _GONE = (errno.EIO, errno.ESTALE, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
 class FrozenFiles:
     """Readers of the captured files of one snapshot; a context manager."""
 
-    def __init__(self, spool_directory: Path, open_held: OpenHeld, flags: Sequence[int] | mmap.mmap) -> None:
-        """`flags` has a byte a slot: once it is not 0, what was read through that slot is not believed."""
+    def __init__(
+        self,
+        spool_directory: Path,
+        open_held: OpenHeld,
+        flags: Sequence[int] | mmap.mmap,
+        is_whole: Callable[[int], bool] = leases.is_whole,
+    ) -> None:
+        """`flags` has a byte a slot: once it is not 0, what was read through that slot is not believed.
+
+        Nor is what was read from a descriptor whose lease is not whole any more.
+        """
         self._spool_directory = spool_directory
         self._open_held = open_held
         self._flags = flags
+        self._is_whole = is_whole
         self._packed: dict[str, _PackedFile] = {}
         self._current: _PackedFile | None = None
         self._read_ahead = memoryview(mmap.mmap(-1, READ_AHEAD_BYTES))
@@ -74,7 +85,7 @@ class FrozenFiles:
                 stack.callback(os.close, descriptor)
                 yield lambda view, offset: _read(descriptor, view, offset)
             elif source[0] == HELD:
-                held = _HeldFile(source[1], self._open_held, self._flags)
+                held = _HeldFile(source[1], self._open_held, self._flags, self._is_whole)
                 stack.callback(held.close)
                 yield held.read_into
             else:
@@ -137,17 +148,25 @@ class _PackedFile:
 class _HeldFile:
     """A leased file, or once somebody wanted to write to it, the copy that was made before he could."""
 
-    def __init__(self, number: int, open_held: OpenHeld, flags: Sequence[int] | mmap.mmap) -> None:
+    def __init__(
+        self,
+        number: int,
+        open_held: OpenHeld,
+        flags: Sequence[int] | mmap.mmap,
+        is_whole: Callable[[int], bool],
+    ) -> None:
         self._number = number
         self._open = open_held
         self._flags = flags
+        self._is_whole = is_whole
         self._descriptor, self._slot = open_held(number)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         while True:
             done = _read(self._descriptor, view, offset)
-            # Looked at after the read: it is set before the lease is given up, and so before any change.
-            if self._slot is None or not self._flags[self._slot]:
+            # Looked at after the read: the flag is set before the lease is given up, and so before any
+            # change; but for a daemon that hangs, whose lease the kernel takes away after a while.
+            if self._slot is None or (not self._flags[self._slot] and self._is_whole(self._descriptor)):
                 return done
             self.close()
             self._descriptor, self._slot = self._open(self._number)

@@ -30,7 +30,6 @@ from replicated.snapshot.entries import held_name
 from replicated.snapshot.held_copies import HeldCopies, Owner
 from replicated.snapshot.held_queues import Delayed, SmallestFirst
 from replicated.snapshot.holdings import HeldFile, Holding, Holdings
-from replicated.snapshot.leases import block_signals as block_signals
 from replicated.snapshot.slots import Slots
 
 #: The kernel tells of a break at once; this finds what it could not tell.

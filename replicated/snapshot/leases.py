@@ -84,14 +84,6 @@ class BreakWaiter:
         os.close(self._wake)
 
 
-def block_signals() -> None:
-    """Keep the signals of leases from this thread and from all threads that it makes.
-
-    Not needed for correctness, as they are sent to one thread that blocks them itself.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, (_break_signal(), signal.SIGIO))
-
-
 def take(descriptor: int, thread: int) -> bool:
     """Take a read lease on a file that is open for reading; its break will be told to `thread`.
 

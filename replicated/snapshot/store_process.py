@@ -69,6 +69,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--flags", required=True, type=int, help="descriptor of the flags of held files")
     parser.add_argument("--cache", required=True, type=Path, help="directory of the user's caches")
     parser.add_argument("--parent", required=True, type=int, help="pid of the daemon")
+    parser.add_argument("--urgent", action="store_true", help="keep the priority of the daemon")
     parser.add_argument("--idle-exit", type=float, default=IDLE_EXIT_S, metavar="SECONDS")
     return parser.parse_args(argv)
 
@@ -162,7 +163,9 @@ class _StoreProcess:
         if self._tree_cache is None or self._tree_cache[0] != key:
             if self._tree_cache is not None:
                 self._tree_cache[1].close()
-            self._tree_cache = key, TreeCache(self._cache / "trees", repository_id, url)
+            cache = TreeCache(self._cache / "trees", repository_id, url)
+            cache.prune(time.time_ns())
+            self._tree_cache = key, cache
         return self._tree_cache[1]
 
     def _open_held(self, number: int) -> tuple[int, int | None]:

@@ -3,6 +3,7 @@
 import mmap
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -559,7 +560,7 @@ def test_breaks_are_found_when_no_signal_comes(held, path, monkeypatch):
     ready = threading.Event()
 
     def hear_nothing():
-        leases.block_signals()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         ready.set()
         done.wait()
 

@@ -74,7 +74,7 @@ def open_held_of(frozen):
 def store(repository, frozen, cache=None, on_progress=None, *, open_held=None, flags=bytes(1000)):
     """Ingest and publish; the snapshot."""
     snapshot_id = SnapshotId(new_id())
-    with FrozenFiles(frozen.spool, open_held or open_held_of(frozen), flags) as files:
+    with FrozenFiles(frozen.spool, open_held or open_held_of(frozen), flags, lambda _: True) as files:
         root = ingest(
             repository, snapshot_id, frozen.header, iter(frozen.directories), files, cache, on_progress
         )

@@ -17,6 +17,7 @@ import pytest
 
 from replicate.errors import CaptureFailed, RepositoryFull, RepositoryMissing, RepositoryUnreachable
 from replicate.ids import SnapshotId, new_id
+from replicated import priority
 from replicated import storing as storing_module
 from replicated.format.metadata import Snapshot
 from replicated.processes import start_ticks
@@ -89,7 +90,9 @@ def ignore(done):
     """Progress that nobody looks at."""
 
 
-def store(storing, repository, frozen, *, on_progress=ignore, limit=0, entries=None):
+def store(
+    storing, repository, frozen, *, on_progress=ignore, limit=0, entries=None, is_urgent=lambda: False
+):
     snapshot = SnapshotId(frozen.spool.name)
     root = storing.ingest(
         repository.url,
@@ -98,6 +101,7 @@ def store(storing, repository, frozen, *, on_progress=ignore, limit=0, entries=N
         frozen.spool,
         upload_limit=limit,
         on_progress=on_progress,
+        is_urgent=is_urgent,
     )
     repository.put_snapshot(Snapshot(snapshot, root))
     return Snapshot(snapshot, root)
@@ -288,7 +292,10 @@ def test_what_is_not_wanted_any_more_is_given_up(project, repository, storing, f
     assert pid_of(storing) == pid, "it did not have to be killed"
 
 
-def test_waiting_for_the_limit_ends_when_it_is_not_wanted(project, repository, storing, freeze, spool):
+def test_waiting_for_the_limit_ends_when_it_is_not_wanted(
+    project, repository, storing, freeze, spool, monkeypatch
+):
+    monkeypatch.setattr(storing_module, "ABORT_GRACE_S", 60.0)
     (project / "large").write_bytes(random.Random(1).randbytes(10_000_000))
     frozen = freeze(project, spool)
     begun = time.monotonic()
@@ -441,3 +448,36 @@ def test_memory_does_not_grow_with_a_file(project, repository, storing, freeze, 
     status = Path(f"/proc/{pid_of(storing)}/status").read_text()
     peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
     assert peak < 220 << 20
+
+
+def niceness_of(storing):
+    return os.getpriority(os.PRIO_PROCESS, pid_of(storing))
+
+
+def test_process_is_as_fast_as_others_while_somebody_waits(project, repository, storing, freeze, spool):
+    fill(project)
+    store(storing, repository, freeze(project, spool))
+    pid = pid_of(storing)
+    assert niceness_of(storing) == priority.LOWEST_NICENESS
+    store(storing, repository, freeze(project, spool), is_urgent=lambda: True)
+    assert niceness_of(storing) == priority.NORMAL_NICENESS
+    assert Path(f"/proc/{pid}/autogroup").read_text().strip().endswith("nice 0")
+    store(storing, repository, freeze(project, spool))
+    assert niceness_of(storing) == priority.LOWEST_NICENESS
+    assert pid_of(storing) == pid
+
+
+def test_where_a_process_cannot_be_made_faster_another_one_takes_over(
+    project, repository, storing, freeze, spool, monkeypatch
+):
+    fill(project)
+    store(storing, repository, freeze(project, spool))
+    pid = pid_of(storing)
+
+    def only_lower(pid, *, is_lowest):
+        return is_lowest and priority.set_priority(pid, is_lowest=True)
+
+    monkeypatch.setattr(storing_module, "set_priority", only_lower)
+    store(storing, repository, freeze(project, spool), is_urgent=lambda: True)
+    assert pid_of(storing) != pid
+    assert niceness_of(storing) == os.getpriority(os.PRIO_PROCESS, 0)

@@ -89,6 +89,8 @@ def _complete_spool(job: Job, inline: bytes, spool: Spool, held: HeldFiles) -> N
         return
     is_incomplete = False
     for path, row, source in _files(job, inline, spool):
+        if row.size == 0:
+            continue  # nothing was kept for it
         if source[0] == PACKED:
             offset, name = source[1:]
         elif source[0] == SPOOLED:

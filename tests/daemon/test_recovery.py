@@ -83,6 +83,7 @@ def test_leased_file_that_was_rewritten_before_the_daemon_died_is_safe_in_the_sp
 def test_small_files_are_safe_or_read_again(slow_project):
     project, experiment = slow_project
     contents = {f"data/{number}": os.urandom(1000 + number) for number in range(300)}
+    contents["data/empty"] = b""
     for name, data in contents.items():
         project.write(name, data)
     checkpoint = project.checkpoint(experiment, "data")
@@ -90,6 +91,17 @@ def test_small_files_are_safe_or_read_again(slow_project):
     assert project.flush().failed == 0
     for name, data in contents.items():
         assert project.read(checkpoint.id, name) == data
+
+
+def test_empty_files_need_no_spool(slow_project):
+    project, experiment = slow_project
+    project.write("empty", b"")
+    checkpoint = project.checkpoint(experiment, "empty")
+    project.daemon.kill()
+    project.write("empty", b"not any more")
+    project.daemon.start()
+    assert project.flush().failed == 0
+    assert project.read(checkpoint.id, "empty") == b""
 
 
 def test_copied_files_survive_whatever_happens_to_them(slow_project):

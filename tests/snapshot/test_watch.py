@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def look(watches: TreeWatches, root: Path, key: bytes = KEY) -> tuple[str, set[s
     unchanged = {os.path.relpath(os.fsdecode(path), root) for path in paths if walk.is_unchanged(path)}
     walk.abandon()
     return walk.base, changed, unchanged
+
+
+def count_watches_of_the_kernel() -> int:
+    """Watches of this process, as the kernel has them."""
+    count = 0
+    for path in Path("/proc/self/fdinfo").iterdir():
+        with suppress(FileNotFoundError):
+            count += path.read_text().count("inotify wd:")
+    return count
 
 
 EVERYTHING = {".", "a", "a/b", "a/b/c", "a/d", "e"}
@@ -334,6 +344,26 @@ def test_a_directory_in_place_of_another_is_not_unchanged(
     assert look(watches, tree)[2] == {".", "a/d", "e"}
 
 
+def test_a_directory_in_place_of_one_that_is_still_open_is_not_taken_for_it(
+    watches: TreeWatches, tree: Path
+) -> None:
+    capture(watches, tree, "1")
+    # The kernel says that a directory itself is gone when nobody has it open any more.
+    descriptor = os.open(tree / "a/b/c", os.O_RDONLY)
+    try:
+        shutil.rmtree(tree / "a/b")
+        (tree / "a/b/c").mkdir(parents=True)
+        assert look(watches, tree)[2] == {".", "a/d", "e"}
+        capture(watches, tree, "2")
+        (tree / "a/b/c/file").write_text("new")
+        assert look(watches, tree)[1] == {"a/b/c"}
+    finally:
+        os.close(descriptor)
+    capture(watches, tree, "3")
+    (tree / "a/b/c/file").write_text("newer")
+    assert look(watches, tree)[1] == {"a/b/c"}
+
+
 def test_a_directory_behind_a_link_is_not_watched_in_its_place(
     watches: TreeWatches, tree: Path, tmp_path: Path
 ) -> None:
@@ -353,8 +383,17 @@ def test_directories_that_are_gone_are_watched_no_longer(watches: TreeWatches, t
     assert watches.watch_count == 6
     shutil.rmtree(tree / "a")
     capture(watches, tree, "2")
-    assert watches.watch_count == 2
+    assert watches.watch_count == count_watches_of_the_kernel() == 2
     assert look(watches, tree) == ("2", set(), {".", "e"})
+
+
+def test_directories_that_have_left_are_watched_no_longer(
+    watches: TreeWatches, tree: Path, tmp_path: Path
+) -> None:
+    capture(watches, tree, "1")
+    (tree / "a").rename(tmp_path / "away")
+    watches.begin(KEY).abandon()
+    assert watches.watch_count == count_watches_of_the_kernel() == 2
 
 
 def test_directories_that_are_left_out_from_now_on_are_watched_no_longer(
@@ -365,7 +404,7 @@ def test_directories_that_are_left_out_from_now_on_are_watched_no_longer(
     for name in ("", "/e"):
         walk.add(os.fsencode(tree) + name.encode())
     walk.commit("2")
-    assert watches.watch_count == 2
+    assert watches.watch_count == count_watches_of_the_kernel() == 2
     (tree / "a/b/file").write_text("new")
     capture(watches, tree, "3")
     assert look(watches, tree) == ("3", set(), EVERYTHING)
@@ -407,14 +446,14 @@ def test_a_directory_with_a_file_of_several_names_is_listed_every_time(
     assert look(watches, tree) == ("3", set(), EVERYTHING)
 
 
-def test_a_directory_that_went_before_it_was_watched_is_listed_next_time(
+def test_a_directory_that_could_not_be_watched_is_listed_next_time_with_all_below(
     watches: TreeWatches, tree: Path
 ) -> None:
     walk = see(watches.begin(KEY), tree)
     walk.add(os.fsencode(tree / "e/gone"))
+    (tree / "e/gone/below").mkdir(parents=True)
     walk.add(os.fsencode(tree / "e/gone/below"))
     walk.commit("1")
-    (tree / "e/gone/below").mkdir(parents=True)
     _, changed, unchanged = look(watches, tree)
     assert changed == {"e", "e/gone", "e/gone/below"}
     assert unchanged == EVERYTHING - {"e"}

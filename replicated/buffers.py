@@ -1,7 +1,7 @@
-"""A fixed number of page-aligned buffers, so that reading files of any size takes the same memory.
+"""A fixed number of page-aligned buffers, so that storing files of any size takes the same memory.
 
-Whoever reads takes one and whoever is done with the bytes gives it back; when all are in use, the next
-taker waits. Used by `writer`. Knows nothing of what is in them.
+Who has something to put in takes one and who is done with it gives it back; when all are in use, the next
+taker waits. Used by `writer` and `packer`. Knows nothing of what is in them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import mmap
 from queue import SimpleQueue
 from typing import Final
 
-#: Reading into memory that begins elsewhere than at a page, or at a multiple of 64 bytes, can take five
-#: times as long (Zen 3, `rep movsb`), and into memory that was never used before ten times.
+#: Reading into memory that begins elsewhere than at a page or at a multiple of 64 bytes can take five times
+#: as long (Zen 3, `rep movsb`), and using memory for the first time costs more than hashing what is in it.
 PAGE_BYTES: Final = mmap.PAGESIZE
 ALIGNMENT: Final = 64
 

@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+from replicated.buffers import Buffers
 from replicated.chunk.codec import HASH_BYTES, encode
 from replicated.format.listing import build_index
-from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing
+from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing, builder_bytes
 from replicated.index import INDEX_PREFIX, Index
 from replicated.store.base import Store
 
@@ -63,7 +64,7 @@ class Packer:
         self._builders_lock = threading.Lock()
         self._builders: dict[int, PackBuilder] = {}
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._room = {kind: threading.BoundedSemaphore(count) for kind, count in MAX_PACKS.items()}
+        self._memory = {kind: Buffers(count, builder_bytes(kind)) for kind, count in MAX_PACKS.items()}
         # Belongs to the uploader's thread: packs in the store that no index object lists yet.
         self._unlisted: list[PackListing] = []
         self._failure: BaseException | None = None
@@ -129,8 +130,7 @@ class Packer:
         with self._builders_lock:
             builder = self._builders.get(kind)
             if builder is None:
-                self._room[kind].acquire()
-                builder = self._builders[kind] = PackBuilder(kind)
+                builder = self._builders[kind] = PackBuilder(kind, self._memory[kind].take())
             builder.add(chunk_id, codec, stored, plain_length)
             self._stats.new_chunks += 1
             self._stats.new_plain_bytes += plain_length
@@ -147,7 +147,7 @@ class Packer:
         try:
             self._attempt(lambda: self._upload(builder))
         finally:
-            self._room[builder.kind].release()
+            self._memory[builder.kind].give_back(builder.memory)
 
     def _upload(self, builder: PackBuilder) -> None:
         name = self._random_name()

@@ -70,39 +70,52 @@ class PackListing:
 
 
 class PackBuilder:
-    """Collects chunks for one pack; not for several threads at once."""
+    """Collects chunks for one pack in `memory`; not for several threads at once."""
 
-    def __init__(self, kind: int) -> None:
+    def __init__(self, kind: int, memory: memoryview | None = None) -> None:
+        """`memory` has `builder_bytes(kind)` and is borrowed for as long as the builder is used."""
         self.kind = kind
         self.records: list[Record] = []
-        self._body = bytearray(HEADER.pack(HEADER_MAGIC, PACK_VERSION, kind, b""))
+        self.memory = memoryview(bytearray(builder_bytes(kind))) if memory is None else memory
+        HEADER.pack_into(self.memory, 0, HEADER_MAGIC, PACK_VERSION, kind, b"")
+        self._size = HEADER.size
 
     @property
     def size(self) -> int:
         """Bytes collected."""
-        return len(self._body)
+        return self._size
 
     @property
     def is_full(self) -> bool:
-        """Whether the pack should be sealed."""
-        limit = DATA_PACK_BYTES if self.kind == DATA_PACK else TREE_PACK_BYTES
-        return len(self._body) >= limit or len(self.records) >= MAX_PACK_CHUNKS
+        """Whether the pack should be sealed; to be asked after each chunk."""
+        return self._size >= _limit(self.kind) or len(self.records) >= MAX_PACK_CHUNKS
 
     def add(
         self, chunk_id: bytes, codec: int, stored: bytes | bytearray | memoryview, plain_length: int
     ) -> None:
         """Copy one chunk into the pack."""
         length = len(stored)
-        self._body += ENTRY.pack(ENTRY_MAGIC, codec, b"", length, plain_length, chunk_id)
-        self.records.append(Record(chunk_id, len(self._body), length, plain_length, codec))
-        self._body += stored
+        ENTRY.pack_into(self.memory, self._size, ENTRY_MAGIC, codec, b"", length, plain_length, chunk_id)
+        offset = self._size + ENTRY.size
+        self.memory[offset : offset + length] = stored
+        self._size = offset + length
+        self.records.append(Record(chunk_id, offset, length, plain_length, codec))
 
-    def seal(self) -> list[bytes | bytearray]:
+    def seal(self) -> list[bytes | memoryview]:
         """The parts of the object, which borrow the builder; call once."""
         records = b"".join(map(pack_record, self.records))
         footer = FOOTER.pack(len(self.records), 0, FOOTER_MAGIC, b"")[:_FOOTER_HASHED]
-        digest = _trailer_hash(bytes(self._body[: HEADER.size]), records, footer)
-        return [self._body, records, footer, digest]
+        digest = _trailer_hash(bytes(self.memory[: HEADER.size]), records, footer)
+        return [self.memory[: self._size], records, footer, digest]
+
+
+def builder_bytes(kind: int) -> int:
+    """The memory that a builder needs: it is full after the chunk that goes beyond the limit."""
+    return _limit(kind) + ENTRY.size + MAX_CHUNK_BYTES
+
+
+def _limit(kind: int) -> int:
+    return DATA_PACK_BYTES if kind == DATA_PACK else TREE_PACK_BYTES
 
 
 def pack_record(record: Record) -> bytes:

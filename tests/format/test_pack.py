@@ -7,7 +7,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicated.chunk.codec import RAW, decode, encode, hash_chunk
+from replicated.chunk.codec import MAX_CHUNK_BYTES, RAW, decode, encode, hash_chunk
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.listing import INDEX_HEADER, SECTION, build_index, parse_index
 from replicated.format.pack import (
@@ -21,6 +21,7 @@ from replicated.format.pack import (
     TREE_PACK,
     PackBuilder,
     PackListing,
+    builder_bytes,
     parse_pack,
     scan_pack,
 )
@@ -98,6 +99,21 @@ def test_builder_is_full_by_bytes_or_by_chunks() -> None:
         assert not many.is_full
         many.add(NAME, RAW, b"x", 1)
     assert many.is_full
+
+
+@pytest.mark.parametrize("kind", [DATA_PACK, TREE_PACK])
+def test_builder_needs_no_more_memory_than_it_says(kind: int) -> None:
+    builder = PackBuilder(kind, memoryview(bytearray(builder_bytes(kind))))
+    last_free = builder_bytes(kind) - MAX_CHUNK_BYTES - ENTRY.size - 1
+    while builder.size < last_free:
+        size = min(1 << 20, last_free - builder.size - ENTRY.size)
+        builder.add(NAME, RAW, bytes(size), size)
+        assert not builder.is_full
+    builder.add(NAME, RAW, b"x" * MAX_CHUNK_BYTES, MAX_CHUNK_BYTES)
+    assert builder.is_full
+    packed = b"".join(builder.seal())
+    last = parse_pack(NAME, packed).records[-1]
+    assert packed[last.offset : last.offset + last.stored_length] == b"x" * MAX_CHUNK_BYTES
 
 
 def forge(**changes: int) -> bytes:

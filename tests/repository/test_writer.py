@@ -303,8 +303,8 @@ def test_no_more_packs_are_in_memory_than_allowed(tmp_path: Path) -> None:
     alive: list[int] = []
 
     class Counted(pack.PackBuilder):
-        def __init__(self, kind: int) -> None:
-            super().__init__(kind)
+        def __init__(self, kind: int, memory: memoryview) -> None:
+            super().__init__(kind, memory)
             made.append(self)
 
     class Slow(MemoryStore):

@@ -46,6 +46,8 @@ class Terms:
     upload_limit: int = 0
     #: How long calls held up the training since it was last told.
     stall_ns: int = 0
+    #: The answer has to survive a power cut (`capture: copy`).
+    is_durable: bool = False
     #: Why the checkpoint could not be recorded when it was made; its files are not captured any more.
     missed_because: str = ""
 
@@ -113,6 +115,7 @@ class Intake:
                     repository=repository,
                     record=wire.encode_experiment(record).SerializeToString(),
                     created_ns=time.time_ns(),
+                    is_durable=terms.is_durable,
                 ),
                 request,
                 terms,
@@ -145,6 +148,7 @@ class Intake:
                 repository=repository,
                 record=wire.encode_checkpoint(record).SerializeToString(),
                 created_ns=time.time_ns(),
+                is_durable=terms.is_durable,
             )
             if terms.missed_because:
                 self._add_failed(job, record, terms.missed_because, terms.stall_ns)
@@ -220,7 +224,6 @@ class Intake:
                 has_files=True,
                 file_count=captured.file_count,
                 size_bytes=captured.size_bytes,
-                is_durable=request.durable,
                 frozen_bytes=captured.frozen_bytes,
                 spooled_bytes=captured.spooled_bytes,
                 upload_limit=terms.upload_limit,
@@ -279,6 +282,7 @@ class Intake:
                 repository=repository,
                 record=encoded,
                 created_ns=time.time_ns(),
+                is_durable=True,
                 boot_id=current_boot_id(),
             ),
             stall_ns=stall_ns,

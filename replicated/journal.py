@@ -1,19 +1,22 @@
 """The journal: what this daemon was asked to record and what became of it, in one SQLite file.
 
-Owner of the state database. Every accepted request is one row, committed with `synchronous=FULL` before
-the client is answered, so that neither the death of the daemon nor a power cut loses it. Rows go
-captured → stored, captured → failed, and any → removed (by the user); `removed` rows stay as tombstones
-so that a training script whose experiment was deleted is told so. Also holds the runs that this
-machine watches. Thread-safe: one connection behind one lock, held for one transaction at a time and
-never across other I/O.
+Owner of the state database. Every accepted request is one row, committed before the client is answered,
+so that the death of the daemon does not lose it. What has to survive a power cut as well is on the disk
+when its method returns; the rest follows at once, behind the caller, since a disk that is busy with a
+checkpoint makes an fsync take as long as it likes (docs/decisions/0004). Rows go captured → stored,
+captured → failed, and any → removed (by the user); `removed` rows stay as tombstones so that a training
+script whose experiment was deleted is told so. Also holds the runs that this machine watches.
+Thread-safe: one connection behind one lock, held for one transaction at a time and never across other I/O.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,6 +101,12 @@ CREATE TABLE stalls (
 }
 
 
+#: The log is taken into the database after about so many commits.
+_COMMITS_IN_LOG = 250
+
+_logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One accepted request."""
@@ -164,20 +173,25 @@ class Journal:
             durable=True,
             upgrades=_UPGRADES,
         )
+        # A commit then writes and does not sync: that is up to `_log`.
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        self._connection.execute("PRAGMA wal_autocheckpoint = 0")
+        self._log = _WriteAheadLog(file)
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close the database; call once, after every user of the journal has stopped."""
+        self._log.close()
         with self._lock:
             self._connection.close()
 
     def add(self, job: Job, entries: bytes = b"", stall_ns: int = 0) -> None:
-        """Commit a job unless its id is known; durable on return.
+        """Commit a job unless its id is known; on return it survives the daemon, a durable one a power cut.
 
         With it, `entries` is what was captured, and `stall_ns` is added to the experiment's sum: negative
         when the job itself tells that sum from now on.
         """
-        with self._writing():
+        with self._writing(is_durable=job.is_durable):
             added = self._connection.execute(
                 f"INSERT INTO jobs ({_COLUMNS}, entries) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) "
                 "ON CONFLICT (id) DO NOTHING",
@@ -284,8 +298,8 @@ class Journal:
             )
 
     def remove(self, identifiers: Iterable[str], now_ns: int) -> None:
-        """Turn jobs into tombstones."""
-        with self._writing():
+        """Turn jobs into tombstones; durable on return."""
+        with self._writing(is_durable=True):
             self._connection.executemany(
                 "UPDATE jobs SET state = 'removed', error = '', finished_ns = ?, entries = x'' WHERE id = ?",
                 [(now_ns, identifier) for identifier in identifiers],
@@ -326,22 +340,87 @@ class Journal:
         return [_run(row) for row in rows]
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One transaction; raises `StateUnwritable` when it cannot be committed, and then nothing is."""
+    def _writing(self, *, is_durable: bool = False) -> Iterator[None]:
+        """One transaction; raises `StateUnwritable` when it cannot be committed, and then nothing is.
+
+        What could be committed and, though it has to be durable, not synced, raises it too.
+        """
         with self._lock:
             try:
                 with self._connection:
                     yield
             except sqlite3.OperationalError as error:
-                raise StateUnwritable(
-                    f"the daemon cannot write its journal: {error}",
-                    hint="free some space where REPLICATE_HOME (or ~/.local/state) lies",
-                ) from error
+                raise _unwritable(error) from error
+        if not is_durable:
+            self._log.sync_soon()
+            return
+        try:
+            self._log.sync()
+        except OSError as error:
+            raise _unwritable(error) from error
 
     def _select(self, where: str, values: Sequence[str] = ()) -> list[Job]:
         with self._lock:
             rows = self._connection.execute(f"SELECT {_COLUMNS} FROM jobs {where}", values).fetchall()
         return [_job(row) for row in rows]
+
+
+class _WriteAheadLog:
+    """Where commits are until they are taken into the database: what is synced here is durable.
+
+    Both are slow on a busy disk, so a thread of its own does them, with a connection of its own.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._database = database
+        self._file = database.with_name(database.name + "-wal")
+        self._commits = 0
+        self._wanted = threading.Event()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def sync(self) -> None:
+        """Make durable what has been committed; raises `OSError`."""
+        try:
+            descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return  # all of it is in the database
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync_soon(self) -> None:
+        """The same, without waiting."""
+        self._wanted.set()
+
+    def close(self) -> None:
+        """Sync what is left; may be called twice."""
+        self._is_closed = True
+        self._wanted.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with closing(sqlite3.connect(self._database)) as connection:
+            while not self._is_closed:
+                self._wanted.wait()
+                self._wanted.clear()
+                self._commits += 1
+                try:
+                    self.sync()
+                    if self._commits >= _COMMITS_IN_LOG or self._is_closed:
+                        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        self._commits = 0
+                except (OSError, sqlite3.Error) as error:
+                    _logger.error("the journal cannot be synced: %s", error)
+
+
+def _unwritable(error: Exception) -> StateUnwritable:
+    return StateUnwritable(
+        f"the daemon cannot write its journal: {error}",
+        hint="free some space where REPLICATE_HOME (or ~/.local/state) lies",
+    )
 
 
 def _job(row: sqlite3.Row | tuple[object, ...]) -> Job:

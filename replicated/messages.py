@@ -82,6 +82,7 @@ def decode_terms(message: pb.Capture, *, stall_ns: int = 0, missed_because: str 
             spool_bytes=message.spool_limit_bytes or DEFAULT_SPOOL_BYTES,
         ),
         upload_limit=message.upload_limit_bytes_s,
+        is_durable=message.mode == "copy",
         stall_ns=min(stall_ns, _MAX_STALL_NS),
         missed_because=missed_because,
     )

@@ -1,12 +1,15 @@
 """The journal: rows survive, sums are right, and a journal of the first version is taken over."""
 
+import errno
+import os
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from replicate.errors import QueueFull
+from replicate.errors import QueueFull, StateUnwritable
 from replicate.ids import ExperimentId, new_id
 from replicated.admission import Admission, Bounds
 from replicated.journal import APPLICATION_ID, Job, Journal
@@ -135,3 +138,67 @@ def test_a_waiting_call_goes_on_when_a_job_is_stored(journal: Journal) -> None:
 
 def test_nothing_waits_while_nothing_is_pending(journal: Journal) -> None:
     Admission(journal, Clock().wait, lambda: "").wait(Bounds(queue_bytes=1, spool_bytes=1))
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """Counts the syncs of journals."""
+    done = []
+    sync = os.fdatasync
+
+    def count(descriptor: int) -> None:
+        sync(descriptor)
+        done.append(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", count)
+    return done
+
+
+def test_durable_commit_is_synced_on_return(tmp_path: Path, syncs, monkeypatch) -> None:
+    monkeypatch.setattr("replicated.journal._WriteAheadLog.sync_soon", lambda log: None)
+    journal = Journal(tmp_path / "journal.db")
+    job = make_job(is_durable=True)
+    journal.add(make_job())
+    assert len(syncs) == 0
+    journal.add(job)
+    assert len(syncs) == 1
+    journal.remove([job.id], 2)
+    assert len(syncs) == 2
+    journal.close()
+
+
+def test_other_commits_are_synced_behind_the_call(journal: Journal, syncs) -> None:
+    journal.add(make_job())
+    deadline = time.monotonic() + 30
+    while not syncs:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_commit_that_must_be_durable_and_cannot_be_synced_is_an_error(journal: Journal, monkeypatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(StateUnwritable, match="Input/output error"):
+        journal.add(make_job(is_durable=True))
+
+
+def test_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("replicated.journal._COMMITS_IN_LOG", 1)
+    journal = Journal(tmp_path / "journal.db")
+    size = 0
+    for _ in range(50):
+        for _ in range(20):
+            journal.add(make_job(record=bytes(1000)))
+        wait_for_log_to_be_taken_in(journal)
+        size = max(size, (tmp_path / "journal.db-wal").stat().st_size)
+    assert size < (tmp_path / "journal.db").stat().st_size
+    journal.close()
+
+
+def wait_for_log_to_be_taken_in(journal: Journal) -> None:
+    deadline = time.monotonic() + 30
+    while journal._log._wanted.is_set() or journal._log._commits:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -55,9 +55,10 @@ _log = logging.getLogger(__name__)
 
 
 class TreeWatches:
-    """The watched trees of a daemon; see the module's text. One lock for all, held for microseconds.
+    """The watched trees of a daemon; see the module's text.
 
     Any method may be called from any thread. Before `start` and after `stop` all walks are full ones.
+    There is one lock, a leaf, held while a queue is read or a watch is made.
     `clock` gives seconds that only go forward, `tells` says of an open directory whether its file system
     tells all changes, and trees that would need more than `max_watches` in all are not watched.
     """
@@ -256,10 +257,10 @@ class TreeWatches:
         """Read the queues, so that they do not overflow, and close what is to be closed."""
         epoll = self._epoll
         assert epoll is not None
-        while True:
+        # Asked after `_wake` was read: `stop` sets it before it writes there.
+        while not self._is_stopping.is_set():
             ready = epoll.poll()
-            if self._is_stopping.wait(_DRAIN_DELAY_S):
-                return
+            self._is_stopping.wait(_DRAIN_DELAY_S)
             descriptors = {descriptor for descriptor, _ in ready}
             with self._lock:
                 for tree in list(self._trees.values()):

@@ -35,6 +35,7 @@ from replicated.snapshot.entries import (
     pack_sources,
 )
 from replicated.snapshot.held import HeldFiles
+from replicated.snapshot.spool import INLINE_BYTES
 from replicated.snapshot.treecache import TreeCache
 from replicated.storing import StoreProcessDied, Storing, StoringBroken, StoringFailed
 from replicated.tree import open_tree
@@ -90,9 +91,7 @@ def ignore(done):
     """Progress that nobody looks at."""
 
 
-def store(
-    storing, repository, frozen, *, on_progress=ignore, limit=0, entries=None, is_urgent=lambda: False
-):
+def store(storing, repository, frozen, *, on_progress=ignore, limit=0, entries=None, is_urgent=lambda: False):
     snapshot = SnapshotId(frozen.spool.name)
     root = storing.ingest(
         repository.url,
@@ -141,6 +140,14 @@ def test_many_entries_are_read_from_the_spool(project, repository, storing, free
     (spool / "entries").write_bytes(frozen.entries)
     snapshot = store(storing, repository, frozen, entries=b"")
     assert described(open_tree(repository, snapshot.id)) == described(project)
+
+
+def test_longest_entries_that_come_in_a_message_arrive(project, repository, storing, freeze, spool):
+    for number in range(INLINE_BYTES // 290):
+        (project / f"{number:0250}").touch()
+    frozen = freeze(project, spool)
+    assert INLINE_BYTES * 0.9 < len(frozen.entries) <= INLINE_BYTES
+    assert store(storing, repository, frozen).root.files == INLINE_BYTES // 290
 
 
 def freeze_held(freeze, project, spool, held):

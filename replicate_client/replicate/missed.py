@@ -24,8 +24,10 @@ from replicate.lazy import LazyModule
 from replicate.phrases import plural
 
 if TYPE_CHECKING:
+    from replicate import wire
     from replicate._pb import daemon_pb2 as pb
 else:
+    wire = LazyModule("replicate.wire")
     pb = LazyModule("replicate._pb.daemon_pb2")
 
 #: What is kept of a run at most; then the oldest go.
@@ -64,7 +66,8 @@ class MissedCheckpoints:
         kept.CopyFrom(request)
         kept.ClearField("capture")
         if request.capture.paths:
-            kept.missed_because = f"the files could not be captured when it was made: {error.message}"
+            reason = f"the files could not be captured when it was made: {error.message}"
+            kept.missed_because = wire.encode_text(reason)
         encoded = kept.SerializeToString()
         with _lock:
             self._forget_those_of_the_parent()

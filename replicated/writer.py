@@ -87,6 +87,7 @@ class SnapshotWriter:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._packer.abandon()
+        self._buffers.close()
 
     def add_file(self, data: Buffer) -> FileContent:
         """Store the content of one file that is in memory; `data` is borrowed for the call only.

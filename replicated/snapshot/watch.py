@@ -14,7 +14,6 @@ import errno
 import logging
 import math
 import os
-import re
 import select
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Final
 from replicated.snapshot import inotify
 from replicated.snapshot.file_systems import tells_changes
 from replicated.snapshot.inotify import Inotify
+from replicated.snapshot.mount_points import MountPoints
 
 #: A tree with fewer files is walked faster than it is worth its watches (12 ms for 2,000 files).
 MIN_FILES: Final = 2000
@@ -41,8 +41,6 @@ _DRAIN_DELAY_S = 0.1
 _DEFAULT_MAX_WATCHES = 8192
 _LIMIT = "fs.inotify.max_user_watches is too low for it"
 _MAX_WATCHES_FILE = Path("/proc/sys/fs/inotify/max_user_watches")
-_MOUNTS_FILE = "/proc/self/mountinfo"
-_OCTAL = re.compile(rb"\\([0-7]{3})")
 
 _ENTRY_CHANGES: Final = inotify.CREATE | inotify.DELETE | inotify.MOVED_FROM | inotify.MOVED_TO
 _GONE: Final = inotify.IGNORED | inotify.DELETE_SELF | inotify.MOVE_SELF
@@ -82,7 +80,7 @@ class TreeWatches:
         self._refused: OrderedDict[bytes, float] = OrderedDict()
         #: Instances that are of no use any more; closing one can take long.
         self._closing: list[Inotify] = []
-        self._mounts: _Mounts | None = None
+        self._mounts: MountPoints | None = None
         self._epoll: select.epoll | None = None
         self._wake = -1
         self._is_stopping = threading.Event()
@@ -96,7 +94,7 @@ class TreeWatches:
     def start(self) -> None:
         """Begin to watch."""
         try:
-            self._mounts = _Mounts()
+            self._mounts = MountPoints()
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._epoll = select.epoll()
             self._epoll.register(self._wake, select.EPOLLIN)
@@ -379,14 +377,14 @@ class _Tree:
         self._vouched: Set[int] = frozenset()
         self._doubted: Set[bytes] = frozenset()
 
-    def set_root(self, path: bytes, real_path: bytes, mounts: _Mounts) -> None:
+    def set_root(self, path: bytes, real_path: bytes, mounts: MountPoints) -> None:
         """Where the tree begins, which its first walk tells."""
         self.root, self._real_root = path, real_path
         self._mounts_seen = mounts.refresh()
         self._mounted = mounts.below(real_path)
         self.mount_points = frozenset(path + point[len(real_path) :] for point in self._mounted)
 
-    def has_mounts(self, mounts: _Mounts) -> bool:
+    def has_mounts(self, mounts: MountPoints) -> bool:
         """Whether these are what is mounted below the root since it was set."""
         seen = mounts.refresh()
         if not self.root or seen == self._mounts_seen:
@@ -481,44 +479,6 @@ class _Tree:
             watch = self.watches.pop(path)
             del self._paths[watch]
             self.instance.remove(watch)
-
-
-class _Mounts:
-    """The mount points of this process: no watch tells that something was mounted over a directory."""
-
-    def __init__(self) -> None:
-        self._file = open(_MOUNTS_FILE, "rb", buffering=0)  # noqa: SIM115 - until `close`
-        self._changes = select.poll()
-        self._changes.register(self._file.fileno(), select.POLLPRI)
-        #: What is mounted, by path.
-        self._mounts: dict[bytes, bytes] = {}
-        self._version = 0
-        self._read()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def refresh(self) -> int:
-        """Look whether anything was mounted or unmounted; a number that changes when it was."""
-        if self._changes.poll(0):
-            self._read()
-        return self._version
-
-    def below(self, path: bytes) -> dict[bytes, bytes]:
-        """What was mounted below this directory at the last refresh."""
-        prefix = path.rstrip(b"/") + b"/"
-        return {point: what for point, what in self._mounts.items() if point.startswith(prefix)}
-
-    def _read(self) -> None:
-        self._version += 1
-        self._mounts = {}
-        self._file.seek(0)
-        for line in self._file.readall().splitlines():
-            # Id, parent, device, root, mount point: proc_pid_mountinfo(5).
-            identity, _, device, root, point, _ = line.split(b" ", 5)
-            point = _OCTAL.sub(lambda match: bytes([int(match.group(1), 8)]), point)
-            what = b" ".join((identity, device, root))
-            self._mounts[point] = self._mounts.get(point, b"") + what + b"\n"
 
 
 def _share_of_watches() -> int:

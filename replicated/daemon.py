@@ -51,6 +51,8 @@ IDLE_EXIT_S = 600.0
 #: How long a stop waits for requests that are being answered. Captures that take longer are repeated by the
 #: library with the next daemon; that one, and the library, wait longer than this.
 STOP_GRACE_S = 5.0
+#: How long a stop goes on to copy what is leased before it leaves the rest to the next daemon.
+SECURE_PATIENCE_S = 10.0
 #: How long a start waits for a daemon that is leaving.
 LOCK_PATIENCE_S = 20.0
 #: sun_path of a Unix socket holds 108 bytes, the last of them NUL.
@@ -205,6 +207,7 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
             request_stop=stop.set,
         )
     )
+    stack.callback(jobs.secure_all, SECURE_PATIENCE_S)
     stack.callback(jobs.stop)
     jobs.start()
     watcher.start()

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from replicate import wire
-from replicate.errors import CaptureFailed, NotFound
+from replicate.errors import CallAbandoned, CaptureFailed, NotFound
 from replicate.ids import ExperimentId, short
 from replicate.records import (
     CheckpointRecord,
@@ -36,6 +36,10 @@ from replicated.repositories import OpenRepositories
 from replicated.snapshot.capture import Captured, Capturer, CaptureRequest
 from replicated.snapshot.tree_caches import TreeCaches
 
+#: A capture that takes so long may have been interrupted for longer than its client was willing to wait.
+_SUSPICIOUSLY_LONG_S = 5.0
+_HEARING_S = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -50,6 +54,8 @@ class Terms:
     is_durable: bool = False
     #: Why the checkpoint could not be recorded when it was made; its files are not captured any more.
     missed_because: str = ""
+    #: Whether the client still waits for the answer.
+    is_wanted: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,29 +219,41 @@ class Intake:
         self._watch(run)
 
     def _accept(self, job: Job, request: CaptureRequest | None, terms: Terms) -> Accepted:
+        job = dataclasses.replace(job, boot_id=current_boot_id())
         captured = Captured(0, 0, ())
         if request is not None:
             self._admission.wait(terms.bounds)
-            captured = self._capturer.capture(
-                request, _local_directory(job.repository), self._tree_caches.find(job.repository)
-            )
-            job = dataclasses.replace(
-                job,
-                has_files=True,
-                file_count=captured.file_count,
-                size_bytes=captured.size_bytes,
-                frozen_bytes=captured.frozen_bytes,
-                spooled_bytes=captured.spooled_bytes,
-                upload_limit=terms.upload_limit,
-            )
         try:
-            job = dataclasses.replace(job, boot_id=current_boot_id())
+            if request is not None:
+                captured = self._capture(job, request, terms)
+                job = dataclasses.replace(
+                    job,
+                    has_files=True,
+                    file_count=captured.file_count,
+                    size_bytes=captured.size_bytes,
+                    frozen_bytes=captured.frozen_bytes,
+                    spooled_bytes=captured.spooled_bytes,
+                    upload_limit=terms.upload_limit,
+                )
             self._journal.add(job, captured.entries, terms.stall_ns)
         except BaseException:
             self._capturer.forget(job.id)
             raise
         self._wake(job.repository)
         return Accepted(captured, "captured")
+
+    def _capture(self, job: Job, request: CaptureRequest, terms: Terms) -> Captured:
+        begun = time.monotonic()
+        captured = self._capturer.capture(
+            request, _local_directory(job.repository), self._tree_caches.find(job.repository)
+        )
+        if time.monotonic() - begun > _SUSPICIOUSLY_LONG_S:
+            # If this process was stopped meanwhile, it learns a moment later who has gone meanwhile.
+            time.sleep(_HEARING_S)
+        if not terms.is_wanted():
+            # The script has gone on and changed its files: what was captured is not what it asked for.
+            raise CallAbandoned(f"{job.kind} {short(job.id)} was given up before it was captured")
+        return captured
 
     def _answered(self, identifier: str) -> Accepted | None:
         job = self._journal.find(identifier)

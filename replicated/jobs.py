@@ -122,6 +122,35 @@ class Jobs:
         for worker in workers:
             worker.thread.join()
 
+    def secure_all(self, patience_s: float) -> None:
+        """After `stop`: copy into the spool what lives elsewhere, before this daemon can watch it no more.
+
+        Begins nothing new after `patience_s`: what is left is as after the death of a daemon.
+        """
+        deadline = time.monotonic() + patience_s
+        for job in self._journal.captured():
+            if time.monotonic() > deadline or not self._secure(job):
+                _log.warning("leaving with captured files that are not in the spool")
+                return
+
+    def _secure(self, job: Job) -> bool:
+        """Make the files of a waiting job survive daemon and power; False when there is trouble."""
+        if not job.has_files or job.is_durable or job.boot_id != current_boot_id() or job.id in self._lost:
+            return True
+        frozen = self._frozen
+        try:
+            frozen.capturer.finish(job.id)
+            frozen.held.secure(job.id)
+            frozen.spool.sync(job.id)
+        except CaptureFailed as error:
+            _log.warning("%s is lost: %s", short(job.id), error)
+            return True  # its job will say so
+        except OSError as error:
+            _log.warning("cannot make the files of %s safe: %s", short(job.id), error)
+            return False
+        self._journal.set_durable(job.id)
+        return True
+
     def progress(self) -> Progress:
         """What the workers do at the moment."""
         with self._lock:
@@ -377,19 +406,10 @@ class _Worker:
 
     def _make_durable(self) -> None:
         """Copy and fsync what waits: jobs that cannot be stored now may have to survive a power cut."""
-        frozen = self._jobs._frozen
-        for job in self._jobs._journal.captured(self._repository):
-            if job.has_files and not job.is_durable and job.boot_id == current_boot_id():
-                if self._jobs.is_stopping or job.id in self._jobs._lost:
-                    continue
-                try:
-                    frozen.capturer.finish(job.id)
-                    frozen.held.secure(job.id)
-                    frozen.spool.sync(job.id)
-                except (OSError, CaptureFailed) as error:
-                    _log.warning("cannot make the files of %s safe: %s", short(job.id), error)
-                    return
-                self._jobs._journal.set_durable(job.id)
+        jobs = self._jobs
+        for job in jobs._journal.captured(self._repository):
+            if jobs.is_stopping or not jobs._secure(job):
+                return
 
     def _on_progress(self, bytes_done: int) -> None:
         self.bytes_done = bytes_done

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from replicate import wire
@@ -74,7 +75,9 @@ def decode_capture(identifier: str, message: pb.Capture) -> CaptureRequest | Non
     )
 
 
-def decode_terms(message: pb.Capture, *, stall_ns: int = 0, missed_because: str = "") -> Terms:
+def decode_terms(
+    message: pb.Capture, is_wanted: Callable[[], bool], stall_ns: int = 0, missed_because: str = ""
+) -> Terms:
     """What a request says besides the record and the files."""
     return Terms(
         bounds=Bounds(
@@ -85,6 +88,7 @@ def decode_terms(message: pb.Capture, *, stall_ns: int = 0, missed_because: str 
         is_durable=message.mode == "copy",
         stall_ns=min(stall_ns, _MAX_STALL_NS),
         missed_because=missed_because,
+        is_wanted=is_wanted,
     )
 
 

@@ -139,13 +139,17 @@ class RpcServer:
         self._server.stop(grace_s).wait()
 
 
-def _unary(method: Callable[..., Any]) -> Callable[..., Any]:
+def _unary(method: Callable[..., Any], *, with_wanted: bool = False) -> Callable[..., Any]:
     @functools.wraps(method)
     def answer(self: _Servicer, request: Any, context: grpc.ServicerContext) -> Any:
         with self.activity, _errors_told(context, method.__name__):
-            return method(self, request)
+            return method(self, request, context.is_active) if with_wanted else method(self, request)
 
     return answer
+
+
+#: Of a call that must have no effect once its client has given it up: it can ask.
+_wanted_unary = functools.partial(_unary, with_wanted=True)
 
 
 def _stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
@@ -200,23 +204,25 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     # Writing
 
-    @_unary
-    def CreateExperiment(self, request: pb.CreateExperimentRequest) -> pb.CaptureReply:
+    @_wanted_unary
+    def CreateExperiment(
+        self, request: pb.CreateExperimentRequest, is_wanted: Callable[[], bool]
+    ) -> pb.CaptureReply:
         record = wire.decode_experiment(request.experiment)
         capture = decode_capture(record.id, request.capture)
         repository = check_repository(request.repository)
-        terms = decode_terms(request.capture)
+        terms = decode_terms(request.capture, is_wanted)
         accepted = self._services.intake.create_experiment(repository, record, capture, terms)
         return self._encode_accepted(repository, accepted)
 
-    @_unary
-    def CreateCheckpoint(self, request: pb.CreateCheckpointRequest) -> pb.CaptureReply:
+    @_wanted_unary
+    def CreateCheckpoint(
+        self, request: pb.CreateCheckpointRequest, is_wanted: Callable[[], bool]
+    ) -> pb.CaptureReply:
         record = wire.decode_checkpoint(request.checkpoint)
         capture = decode_capture(record.id, request.capture)
         repository = check_repository(request.repository)
-        terms = decode_terms(
-            request.capture, stall_ns=request.stall_ns, missed_because=request.missed_because
-        )
+        terms = decode_terms(request.capture, is_wanted, request.stall_ns, request.missed_because)
         accepted = self._services.intake.create_checkpoint(repository, record, capture, terms)
         return self._encode_accepted(repository, accepted)
 

@@ -106,6 +106,12 @@ class QueueFull(ReplicateError):
     retryable = True
 
 
+class CallAbandoned(ReplicateError):
+    """The client gave a call up while it was answered; nothing was recorded."""
+
+    code = "call_abandoned"
+
+
 class NotStored(ReplicateError):
     """The snapshot is not in the repository: still being stored, or failed."""
 

@@ -11,6 +11,7 @@ leaves nothing behind, and there is never a mixed file.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -203,17 +204,25 @@ class _Capture:
             tree = self._find_base(tree_key, watched, seen)
             if tree is not None and seen is not None and not watched.changed and not self._request.mapped:
                 return self._same_tree(tree_key, tree, seen, watched)
-            base = Base(
-                watched, self._cache, tree.root if tree is not None else None, seen.noted if seen else ()
-            )
+            # Below names that were chosen, a base cannot tell what else is: it is all or nothing there.
+            root_of_base = tree.root if tree is not None and self._selection.is_whole else None
+            base = Base(watched, self._cache, root_of_base, seen.noted if seen else ())
             return self._walk(root, info, tree_key, base, watched)
 
     def _tree_key(self, info: os.stat_result) -> bytes:
         """Names this walk, so that another one of the same key finds the same if nothing has changed."""
-        if self._cache is None or not self._selection.is_whole:
-            return b""
-        identity = (self._request.project_directory, info.st_dev, info.st_ino, self._request.ignore)
+        paths = sorted(set(self._request.paths))
+        if self._cache is None or not any(map(self._is_directory, paths)):
+            return b""  # a few files are looked at in less time than it takes to watch them
+        identity = (self._request.project_directory, info.st_dev, info.st_ino, self._request.ignore, paths)
         return blake3(msgpack.packb(identity, unicode_errors="surrogateescape")).digest()
+
+    def _is_directory(self, path: bytes) -> bool:
+        try:
+            info = os.lstat(os.path.join(self._request.project_directory, path))
+        except OSError:
+            return False
+        return stat.S_ISDIR(info.st_mode)
 
     def _find_base(self, tree_key: bytes, watched: WatchedWalk, seen: _SeenTree | None) -> CachedTree | None:
         """The stored tree since whose capture changes are known."""

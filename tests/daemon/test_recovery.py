@@ -129,3 +129,19 @@ def test_several_restarts_in_a_row_lose_nothing(slow_project):
     assert project.flush().failed == 0
     for checkpoint in checkpoints:
         assert project.read(checkpoint.id, "model.pt") == data
+
+
+def test_a_daemon_that_is_told_to_stop_copies_what_it_holds_first(slow_project):
+    project, experiment = slow_project
+    contents = [os.urandom(BIG) for _ in range(3)]
+    checkpoints = []
+    for step, data in enumerate(contents):
+        project.write(f"model-{step}.pt", data)
+        checkpoints.append(project.checkpoint(experiment, f"model-{step}.pt", step=step))
+    assert project.daemon.stop() == 0
+    for step in range(3):
+        project.write(f"model-{step}.pt", b"another")
+    project.daemon.start()
+    assert project.flush().failed == 0
+    for step, data in enumerate(contents):
+        assert project.read(checkpoints[step].id, f"model-{step}.pt") == data

@@ -238,6 +238,60 @@ def test_an_unchanged_tree_is_told_by_its_root(captures, stored):
         assert (captured.file_count, captured.size_bytes, captured.frozen_bytes) == (4, 20000, 0)
 
 
+@pytest.fixture
+def stored_part(captures, tree):
+    """The project after a capture of two of its directories has been stored."""
+    captured, _ = captures.capture(tree, "sub", "other", identifier=FIRST, cached=True)
+    captures.store(captured, FIRST)
+    return tree
+
+
+def test_chosen_directories_that_are_unchanged_are_told_by_their_root(captures, stored_part):
+    for identifier in (SECOND, THIRD):
+        captured, _ = captures.capture(stored_part, "other", "sub", identifier=identifier, cached=True)
+        assert is_same_tree(captures, captured, identifier)
+        assert (captured.file_count, captured.size_bytes) == (3, 15000)
+
+
+@pytest.mark.parametrize("others", [(), ("sub",), ("sub", "other", "a")])
+def test_another_choice_is_another_tree(captures, stored_part, others):
+    captured, entries = captures.capture(stored_part, *others, identifier=SECOND, cached=True)
+    assert not is_same_tree(captures, captured, SECOND)
+    _, full = captures.capture(stored_part, *others, identifier=THIRD)
+    assert list(entries) == list(full)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda top: write(top / "sub/deep/c", b"changed"),
+        lambda top: write(top / "other/new", b"new"),
+        lambda top: ((top / "sub").rename(top / "gone"), write(top / "sub/b", b"another")),
+        lambda top: write(top / ".replicateignore", b"deep/\n"),
+        lambda top: (top / "other").chmod(0o700),
+    ],
+)
+def test_changes_in_and_around_chosen_directories_are_found(captures, stored_part, change):
+    change(stored_part)
+    captured, entries = captures.capture(stored_part, "sub", "other", identifier=SECOND, cached=True)
+    assert not is_same_tree(captures, captured, SECOND)
+    _, full = captures.capture(stored_part, "sub", "other", identifier=THIRD)
+    assert [(path, entry.size, entry.mode) for path, entry in entries.items()] == [
+        (path, entry.size, entry.mode) for path, entry in full.items()
+    ]
+
+
+def test_what_was_chosen_against_the_rules_stays_chosen_when_its_directory_changes(captures, tree, settle):
+    write(tree / "sub/.env", b"secret")
+    settle(tree)
+    captured, entries = captures.capture(tree, ".", "sub/.env", identifier=FIRST, cached=True)
+    assert b"sub/.env" in entries
+    captures.store(captured, FIRST)
+    write(tree / "sub/new", b"new")
+    _, entries = captures.capture(tree, ".", "sub/.env", identifier=SECOND, cached=True)
+    assert {b"sub/.env", b"sub/new"} <= set(entries)
+
+
 def test_only_changed_directories_of_a_watched_tree_are_listed(captures, stored, monkeypatch):
     write(stored / "sub/deep/new", b"new")
     listed = []

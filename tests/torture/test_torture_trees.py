@@ -24,7 +24,7 @@ def test_trees_that_are_attacked_are_saved_as_they_were(make_site, name):
 
 
 def test_a_tree_that_is_large_enough_to_be_watched_is_saved_as_it_was(site):
-    site.train(workload="tree", tree_files=WATCHED, rounds=rounds(4))
+    site.train(workload="tree", tree_files=WATCHED, rounds=rounds(3))
     assert set(site.judge().values()) == {"stored"}
 
 

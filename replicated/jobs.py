@@ -37,6 +37,8 @@ LONGEST_PAUSE_S = 60.0
 #: A bug of ours is tried this often before the job fails, so that it cannot block the queue for ever.
 UNEXPECTED_TRIES = 3
 
+_AFTER_YOU_S = 0.01
+
 _log = logging.getLogger(__name__)
 
 
@@ -269,6 +271,8 @@ class _Worker:
             self.waiting_because = ""
             self.wake.wait()
             self.wake.clear()
+            # The request that told of it is not answered yet, and would wait for Python's lock.
+            time.sleep(_AFTER_YOU_S)
             return
         self.active, self.bytes_done, self.started = job, 0, time.monotonic()
         try:

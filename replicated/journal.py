@@ -15,6 +15,7 @@ import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ CREATE TABLE stalls (
 }
 
 
+#: Commits that follow each other are synced together.
+_GATHER_S = 0.003
 #: The log is taken into the database after about so many commits.
 _COMMITS_IN_LOG = 250
 
@@ -406,6 +409,8 @@ class _WriteAheadLog:
             while not self._is_closed:
                 self._wanted.wait()
                 self._wanted.clear()
+                # Not at once: who has just committed is about to answer, and others may commit as well.
+                time.sleep(_GATHER_S)
                 self._commits += 1
                 try:
                     self.sync()

@@ -24,6 +24,7 @@ import msgpack
 from blake3 import blake3
 
 from replicate.errors import CaptureFailed, PathMissing
+from replicated.snapshot import file_systems
 from replicated.snapshot.entries import Header, SameTree, pack_header, pack_same_tree
 from replicated.snapshot.freeze import RUNG_VARIABLE, RUNGS, Freezer
 from replicated.snapshot.held import HeldFiles
@@ -181,6 +182,8 @@ class _Capture:
         self._selection = selection
         self._skipped = skipped
         self._cache = cache
+        #: Whether files whose stat is the same are the same.
+        self._may_share = not rung
         self._spool = SnapshotSpool(capturer._spool, request.identifier)
         self._entries = EntriesWriter(self._spool)
 
@@ -195,6 +198,8 @@ class _Capture:
         with ExitStack() as stack:
             stack.callback(os.close, root)
             info = os.fstat(root)
+            if not file_systems.times_tell_of_stores(root):
+                self._cache, self._may_share = None, False
             tree_key = self._tree_key(info)
             watched = self._capturer._watches.begin(tree_key)
             stack.callback(watched.abandon)
@@ -259,7 +264,7 @@ class _Capture:
             freezer,
             base,
             watched,
-            None if self._rung else capturer._pending,
+            capturer._pending if self._may_share else None,
             self._entries.write,
             skipped=self._skipped,
             mapped=request.mapped,

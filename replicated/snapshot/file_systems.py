@@ -1,8 +1,8 @@
 """What the file system of an open descriptor can be relied on for: leases, notification, shared blocks.
 
-Asked by `leases`, `watch` and `held`. Facts about kinds of file systems and nothing else: what is not on a
-list here is not relied on, because a network file system grants a lease or a watch and then changes
-behind it.
+Asked by `leases`, `watch`, `held`, `capture` and `walk`. Facts about kinds of file systems and nothing
+else: what is not on a list here is not relied on, because a network file system grants a lease or a watch
+and then changes behind it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,15 @@ def honours_leases(descriptor: int) -> bool:
 def tells_changes(descriptor: int) -> bool:
     """Whether inotify on a directory of this file system misses no change that goes through a system call."""
     return _kind(descriptor) in _TELLS_CHANGES
+
+
+def times_tell_of_stores(descriptor: int) -> bool:
+    """Whether the times of a file change when somebody maps it, stores into it and unmaps it.
+
+    On tmpfs a page that was read through the mapping before takes stores without a fault, and so without
+    a change of times.
+    """
+    return _kind(descriptor) != _TMPFS
 
 
 def may_share_blocks(source: int, destination: int) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import NamedTuple
 
+from replicated.snapshot import file_systems
 from replicated.snapshot.entries import (
     PACKED,
     SPOOLED,
@@ -183,6 +184,8 @@ class Walk:
         if children is None:
             return None
         assert cached is not None
+        if cached.device != self._device:
+            return None  # another file system, of which other things hold
         rules = below.rules
         if _IGNORE_FILE in cached.rows:
             rules = _with_ignore_file(self._descriptor(len(self._stack) - 1), frame.path, rules)
@@ -235,8 +238,13 @@ class Walk:
         is_complete = below.selection.everything
         # Before the listing: what changes after it is for the next walk, which has to hear of it.
         self._watched.add(absolute)
-        listed_ns = time.time_ns()
+        mapped = self._mapped.get(frame.path, set())
+        # Whoever has a file mapped may change it after this without a change of its times: what is captured
+        # of it now is not to be believed by the next capture. As if all had changed in the year 1970.
+        listed_ns = 0 if mapped else time.time_ns()
         pending = self._pending.find(absolute, info.st_dev) if self._pending is not None else None
+        if info.st_dev != self._device and not file_systems.times_tell_of_stores(frame.descriptor):
+            cached = pending = None
         entries: dict[bytes, os.DirEntry[str]] = {}
         if is_complete:
             with os.scandir(frame.descriptor) as found:
@@ -246,7 +254,6 @@ class Walk:
         rules = below.rules
         if not is_complete or _IGNORE_FILE in entries:
             rules = _with_ignore_file(frame.descriptor, frame.path, rules)
-        mapped = self._mapped.get(frame.path, set())
         listing = Listing(
             frame.descriptor, frame.path, rules, below.selection, cached, pending, mapped, entries
         )

@@ -1,6 +1,7 @@
 # Sourced by examples/demo.sh and tests/run.sh: from a fresh machine to an environment that runs the project.
 #
 #   prepare_environment VENV EXTRAS   makes the virtual environment and installs the project into it
+#   try_file_system_tools             installs xfsprogs and btrfs-progs when they are missing and we may
 #   require_fuse                      installs Debian's fuse3 when it is missing and we may, else says how
 #
 # PYTHON chooses the interpreter (3.10 or later; default: python3).
@@ -32,6 +33,15 @@ require_fuse() {
         say "hint: ask an administrator for \`apt-get install fuse3\` (other systems: the package with fusermount3 and libfuse3)"
         exit 1
     fi
+}
+
+# For the tests that make file systems of their own; they are skipped where that cannot be done.
+try_file_system_tools() {
+    if command -v mkfs.xfs >/dev/null && command -v mkfs.btrfs >/dev/null; then
+        return
+    fi
+    say "Installing xfsprogs and btrfs-progs (for tests) …"
+    install_debian_packages xfsprogs btrfs-progs || say "warning: tests on XFS and Btrfs will be skipped"
 }
 
 prepare_environment() {

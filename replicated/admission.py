@@ -17,7 +17,7 @@ from replicated.journal import Journal
 DEFAULT_QUEUE_BYTES = 64 * 10**9
 DEFAULT_SPOOL_BYTES = 20 * 10**9
 #: How long a call waits here before the client is told and asks again.
-PATIENCE_S = 2.0
+PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)

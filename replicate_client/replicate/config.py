@@ -316,8 +316,10 @@ def _quantity(file: Path, found: dict[str, tuple[int, object]], key: str, parse:
         return 0
     text = value if isinstance(value, str) else value.number if isinstance(value, _Other) else ""
     try:
-        return parse(text or repr(value))
+        return parse(text)
     except ValueError as error:
+        is_shown = isinstance(value, str) or text
+        problem = error if is_shown else str(error).rpartition(": ")[0] + f": {value!r}"
         raise ConfigError(
-            f"{file}:{line}: `{key}`: {error}", fields={"file": str(file), "line": str(line), "key": key}
+            f"{file}:{line}: `{key}`: {problem}", fields={"file": str(file), "line": str(line), "key": key}
         ) from None

@@ -138,6 +138,18 @@ def test_limits_are_sizes(directory, written, size_bytes):
     assert (project.queue_limit, project.spool_limit, project.upload_limit) == (size_bytes,) * 3
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [('""', "''"), ('"x y"', "'x y'"), ("-5GB", "'-5GB'"), ("{a: b}", "a mapping"), ("[a, 1]", "['a', 1]")],
+)
+@pytest.mark.parametrize("key", ["queue_limit", "upload_limit"])
+def test_what_is_no_size_is_shown_as_it_was_written(directory, key, written, shown):
+    write(directory, f"{key}: {written}\n")
+    with pytest.raises(ConfigError) as caught:
+        find_project()
+    assert caught.value.message.endswith(f" or 1000000: {shown}")
+
+
 def test_an_upload_limit_may_be_a_rate(directory):
     write(directory, "upload_limit: 50MB/s\n")
     project = find_project()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from replicate import connection, ending, notices
 from replicate._version import __version__
-from replicate.capturing import decode_state, encode_capture, error_for_users, tell_reply
+from replicate.capturing import chosen_rung, decode_state, encode_capture, error_for_users, tell_reply
 from replicate.config import ProjectConfig
 from replicate.delivery import deliver
 from replicate.environment import collect, identify_process
@@ -55,6 +55,7 @@ def begin(
     Raises `TypeError`, `ValueError` and `FileNotFoundError` for wrong arguments, `ReplicateError` for
     anything else; nothing is recorded then.
     """
+    chosen_rung()
     patterns = _check_patterns(ignore)
     summary = _create(project, path, params, name, tags, patterns, quiet, ExperimentId(new_id()))
     return _make_run(project, summary, patterns, ends_with_process=True, quiet=quiet), summary
@@ -67,6 +68,7 @@ def resume(
 
     Files are not saved again. Raises `NotFound`, and `ValueError` when params are given that differ.
     """
+    chosen_rung()
     found = _find(project, reference)
     _check_same_params(found, params)
     request = pb.ResumeExperimentRequest(
@@ -97,6 +99,7 @@ def join(
     A complete id that does not exist is begun under that id. One that runs belongs to the process that
     began it: this one adds checkpoints and leaves its end alone. One that has ended is resumed.
     """
+    chosen_rung()
     try:
         summary = _find(project, reference)
     except (NotFound, RepositoryMissing):

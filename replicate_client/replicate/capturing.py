@@ -40,7 +40,7 @@ def encode_capture(project: ProjectConfig, paths: Sequence[str], ignore: Sequenc
         ignore=[wire.encode_path(pattern) for pattern in (*project.ignore, *ignore)],
         mode=project.capture,
         mapped=find_shared_mappings(directory),
-        rung=_chosen_rung(),
+        rung=chosen_rung(),
         queue_limit_bytes=project.queue_limit,
         spool_limit_bytes=project.spool_limit,
         upload_limit_bytes_s=project.upload_limit,
@@ -71,7 +71,8 @@ def error_for_users(error: ReplicateError) -> Exception:
     return error
 
 
-def _chosen_rung() -> str:
+def chosen_rung() -> str:
+    """The only rung that the environment allows, empty for all of them; raises `InvalidArgument`."""
     rung = os.environ.get(RUNG_VARIABLE, "")
     if rung not in ("", *RUNGS):
         raise InvalidArgument(

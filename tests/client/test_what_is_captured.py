@@ -25,7 +25,6 @@ def capture_of(project, server, written):
 
 
 def test_without_files_nothing_is_asked_for(capture_of, monkeypatch):
-    monkeypatch.setenv("REPLICATE_CAPTURE_RUNG", "nonsense")
     monkeypatch.setattr(mappings, "_query", None)  # is not looked at
     assert all(capture.ByteSize() == 0 for capture in capture_of(None))
 
@@ -56,6 +55,17 @@ def test_a_rung_that_does_not_exist_is_refused_and_takes_no_step(capture_of, mon
                 call("model.pt")
             assert isinstance(caught.value, ReplicateError)
         assert experiment.checkpoint().step == 0
+
+
+def test_a_rung_that_does_not_exist_is_noticed_by_every_init(capture_of, written, monkeypatch):
+    capture_of()
+    before = written()
+    monkeypatch.setenv("REPLICATE_CAPTURE_RUNG", "rent")
+    for resume, joined in ((None, ""), ("latest", ""), (None, "1234")):
+        monkeypatch.setenv("REPLICATE_EXPERIMENT_ID", joined)
+        with pytest.raises(ValueError, match="REPLICATE_CAPTURE_RUNG must be one of"):
+            replicate.init(resume=resume)
+    assert written() == before
 
 
 def test_the_limits_of_the_project_are_passed_on(capture_of, project):

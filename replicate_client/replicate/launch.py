@@ -7,6 +7,7 @@ may start a daemon at once: the daemon's lock leaves one, the others see that it
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -89,6 +90,7 @@ class Launch:
         self._said: IO[bytes] | None = None
         self._starts = 0
         if not is_listening(home):
+            _check_directories(home)
             self._start()
 
     def wait(self, deadline: float | None = None) -> None:
@@ -137,8 +139,8 @@ class Launch:
                 "cannot start the daemon: this program does not say where its Python is",
                 hint="start it with `replicate daemon start`",
             )
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
         try:
+            self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "replicated", "serve", "--on-demand", *self._serve_options],
                 cwd="/",
@@ -166,6 +168,11 @@ class Launch:
         )
 
     def _died(self, status: int) -> DaemonUnavailable:
+        if os.strerror(errno.ENOSPC) in self._words():
+            return DaemonUnavailable(
+                f"no space is left in {chosen_root() or self._home.state}",
+                hint="free some space, or set REPLICATE_HOME to another disk",
+            )
         reason, hint = self._last_words()
         how = f"signal {-status}" if status < 0 else f"status {status}"
         return DaemonUnavailable(
@@ -174,15 +181,29 @@ class Launch:
             fields={"log": str(self._home.log_file)},
         )
 
-    def _last_words(self) -> tuple[str, str]:
-        """What it said last on stderr, and its advice if it gave one."""
+    def _words(self) -> str:
+        """All that it said on stderr."""
         if self._said is None:
-            return "it said nothing", ""
+            return ""
         self._said.seek(0)
-        lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines()]
+        return self._said.read().decode(errors="replace")
+
+    def _last_words(self) -> tuple[str, str]:
+        """What it said last, and its advice if it gave one."""
+        lines = [line.strip() for line in self._words().splitlines()]
         advice = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
         spoken = [line.removeprefix("error: ") for line in lines if line and not line.startswith("hint: ")]
         return spoken[-1] if spoken else "it said nothing", advice[-1] if advice else ""
+
+
+def _check_directories(home: Home) -> None:
+    """Raise `DaemonUnavailable` when a file is in the place of a directory of this home."""
+    for directory in (home.state, home.run):
+        existing = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+        if not existing.is_dir():
+            raise DaemonUnavailable(
+                f"{existing} is not a directory", hint="set REPLICATE_HOME to a directory, or remove the file"
+            )
 
 
 def lock_owner(home: Home) -> int | None:

@@ -154,6 +154,31 @@ def test_the_last_words_of_a_daemon_are_told(home, tmp_path, monkeypatch):
     assert str(home / "logs" / "replicated.log") in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "OSError: [Errno 28] No space left on device: run",
+        "error: no space is left: No space left on device\nhint: more",
+    ],
+)
+def test_a_full_disk_is_told_with_its_home(home, tmp_path, monkeypatch, words):
+    fake_python(tmp_path, monkeypatch, f"printf '%s\\n' '{words}' >&2; exit 1")
+    with pytest.raises(DaemonUnavailable) as caught:
+        query.status()
+    assert caught.value.message == f"no space is left in {home}"
+    assert caught.value.hint == "free some space, or set REPLICATE_HOME to another disk"
+
+
+@pytest.mark.parametrize("below", [(), ("a", "b")])
+def test_a_file_in_the_place_of_the_home_is_named(home, tmp_path, monkeypatch, below):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("REPLICATE_HOME", str(file.joinpath(*below)))
+    with pytest.raises(DaemonUnavailable) as caught:
+        query.status()
+    assert caught.value.message == f"{file} is not a directory"
+
+
 def test_a_daemon_that_dies_silently_is_noticed(home, tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, "kill -9 $$")
     with pytest.raises(DaemonUnavailable, match="with signal 9: it said nothing"):

@@ -184,7 +184,7 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
         capturer,
         repositories,
         tree_caches,
-        Admission(journal, jobs.wait_for_change, lambda: jobs.progress().waiting_because),
+        Admission(journal, jobs.wait_for_change, jobs.waiting_because),
         wake=jobs.wake,
         watch=watcher.watch,
         watch_exit=lambda run: watcher.watch(run, is_exiting=True),
@@ -288,7 +288,7 @@ def _open_journal(home: Home) -> Journal:
         raise DaemonUnavailable(
             f"the journal cannot be used: {error}",
             hint=f"nothing was changed; move {home.journal} away to begin a new one"
-            " (what it had not stored yet stays in the spool beside it)",
+            " (what it had not stored yet is lost then)",
         ) from error
 
 

@@ -222,7 +222,7 @@ class Intake:
         job = dataclasses.replace(job, boot_id=current_boot_id())
         captured = Captured(0, 0, ())
         if request is not None:
-            self._admission.wait(terms.bounds)
+            self._admission.wait(job.repository, terms.bounds)
         try:
             if request is not None:
                 captured = self._capture(job, request, terms)

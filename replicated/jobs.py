@@ -28,7 +28,7 @@ from replicated.repository import Repository
 from replicated.snapshot.capture import Capturer
 from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
-from replicated.storing import Storing
+from replicated.storing import StoreProcessDied, Storing
 
 #: Somebody who waited is likely to wait again: clients ask in steps.
 URGENT_AFTER_WAIT_S = 2.0
@@ -109,8 +109,9 @@ class Jobs:
                 return
             worker = self._workers.get(repository)
             if worker is None:
-                worker = self._workers[repository] = _Worker(self, repository)
+                worker = _Worker(self, repository)
                 worker.thread.start()
+                self._workers[repository] = worker
         worker.wake.set()
 
     def stop(self) -> None:
@@ -127,13 +128,20 @@ class Jobs:
     def secure_all(self, patience_s: float) -> None:
         """After `stop`: copy into the spool what lives elsewhere, before this daemon can watch it no more.
 
-        Begins nothing new after `patience_s`: what is left is as after the death of a daemon.
+        Gives up after `patience_s`: what is left is as after the death of a daemon.
         """
         deadline = time.monotonic() + patience_s
-        for job in self._journal.captured():
-            if time.monotonic() > deadline or not self._secure(job):
-                _log.warning("leaving with captured files that are not in the spool")
-                return
+
+        def secure() -> None:
+            for job in self._journal.captured():
+                if time.monotonic() > deadline or not self._secure(job):
+                    return
+
+        thread = threading.Thread(target=secure, name="secure", daemon=True)
+        thread.start()
+        thread.join(patience_s)
+        if thread.is_alive():
+            _log.warning("leaving with captured files that are not in the spool")
 
     def _secure(self, job: Job) -> bool:
         """Make the files of a waiting job survive daemon and power; False when there is trouble."""
@@ -279,24 +287,31 @@ class _Worker:
             self._store(job)
         except (CaptureFailed, _ExperimentGone) as error:
             self._fail(job, error.message)
-        except (ReplicateError, OSError, sqlite3.OperationalError) as error:
-            # No space, no descriptors, no repository: none of it is the snapshot's fault.
+        except (ReplicateError, OSError, sqlite3.OperationalError, StoreProcessDied) as error:
+            if isinstance(error, StoreProcessDied) and error.is_crash:
+                self._bear_with(job, error)
+                return
+            # No space, no descriptors, no memory, no repository: none of it is the snapshot's fault.
             _log.warning("storing %s: %s", short(job.id), error)
             self._wait_for_better_times(job, str(error))
         except _Stopped:
             raise
         except Exception as error:
-            self._unexpected += 1
-            _log.exception("storing %s failed unexpectedly (try %d)", short(job.id), self._unexpected)
-            if self._unexpected < UNEXPECTED_TRIES:
-                self._wait_for_better_times(job, f"{type(error).__name__}: {error}")
-            else:
-                self._unexpected = 0
-                self._fail(job, f"internal error: {type(error).__name__}: {error}")
+            self._bear_with(job, error)
         else:
             self._pause_s, self._unexpected, self.waiting_because = FIRST_PAUSE_S, 0, ""
         finally:
             self.active = None
+
+    def _bear_with(self, job: Job, error: Exception) -> None:
+        """After a bug of ours: try again, but not for ever."""
+        self._unexpected += 1
+        _log.error("storing %s failed unexpectedly (try %d)", short(job.id), self._unexpected, exc_info=error)
+        if self._unexpected < UNEXPECTED_TRIES:
+            self._wait_for_better_times(job, f"{type(error).__name__}: {error}")
+        else:
+            self._unexpected = 0
+            self._fail(job, f"internal error: {type(error).__name__}: {error}")
 
     def _wait_for_better_times(self, job: Job, reason: str) -> None:
         self.active = None

@@ -272,14 +272,14 @@ class Journal:
         """Every job of an experiment, in order."""
         return self._select("WHERE experiment_id = ? ORDER BY seq", (experiment_id,))
 
-    def frozen(self) -> tuple[int, int]:
-        """Bytes that wait to be stored, and of them, those on the spool's disk."""
+    def frozen(self) -> dict[str, tuple[int, int]]:
+        """By repository: bytes that wait to be stored, and of them, those on the spool's disk."""
         with self._lock:
-            frozen, spooled = self._connection.execute(
-                "SELECT coalesce(sum(frozen_bytes), 0), coalesce(sum(spooled_bytes), 0) FROM jobs "
-                "WHERE state = 'captured'"
-            ).fetchone()
-        return frozen, spooled
+            rows = self._connection.execute(
+                "SELECT repository, sum(frozen_bytes), sum(spooled_bytes) FROM jobs "
+                "WHERE state = 'captured' GROUP BY repository"
+            ).fetchall()
+        return {repository: (frozen, spooled) for repository, frozen, spooled in rows}
 
     def stalls(self) -> dict[str, int]:
         """Nanoseconds by experiment, of those that are in no edit yet."""
@@ -287,9 +287,11 @@ class Journal:
             return dict(self._connection.execute("SELECT experiment_id, stall_ns FROM stalls").fetchall())
 
     def set_durable(self, identifier: str) -> None:
-        """Commit that the spool of a job was fsynced."""
+        """Commit that all that was frozen for a job is in the spool and was fsynced."""
         with self._writing():
-            self._connection.execute("UPDATE jobs SET is_durable = 1 WHERE id = ?", (identifier,))
+            self._connection.execute(
+                "UPDATE jobs SET is_durable = 1, spooled_bytes = frozen_bytes WHERE id = ?", (identifier,)
+            )
 
     def finish(self, identifier: str, state: JobState, now_ns: int, error: str = "") -> None:
         """Commit what became of a job; a removed job stays removed."""

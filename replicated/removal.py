@@ -96,6 +96,8 @@ class Removal:
                 if job not in progress.active_ids:
                     self._capturer.forget(job)
 
+        self._jobs.wake(repository)  # what it waited for may be gone
+
     def _open(self, repository: str, plan: Sequence[Removable]) -> Repository | None:
         """The repository; None when it is missing and nothing of the plan is in it yet."""
         try:

@@ -40,6 +40,9 @@ PROGRESS_S: Final = 0.5
 #: How long a process may take to end what is not wanted any more before it is killed.
 ABORT_GRACE_S: Final = 2.0
 
+_CRASHES: Final = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGSYS}
+)
 _COMMAND = (sys.executable, "-m", "replicated", "store-process")
 
 _log = logging.getLogger(__name__)
@@ -50,7 +53,11 @@ class _TooSlow(Exception):
 
 
 class StoreProcessDied(Exception):
-    """The process ended without an answer: killed, or by a bug of ours."""
+    """The process ended without an answer; `is_crash`: by a bug of ours, as opposed to being killed."""
+
+    def __init__(self, message: str, *, is_crash: bool) -> None:
+        super().__init__(message)
+        self.is_crash = is_crash
 
 
 class Storing:
@@ -103,7 +110,9 @@ class Storing:
                 self._process = None
                 how = process.end()
                 if how:
-                    raise StoreProcessDied(f"the process that stores snapshots has ended: {how}") from None
+                    raise StoreProcessDied(
+                        f"the process that stores snapshots has ended: {how}", is_crash=process.has_crashed
+                    ) from None
                 # It left, having been idle, before it saw that there is something to do again.
         if answer.kind != store_channel.DONE:
             raise store_channel.failure_of(answer)
@@ -232,6 +241,12 @@ class _Process:
             how = self._describe_end()
         self._complaints.close()
         return how
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether it ended by a bug of its own; a process that somebody kills has done nothing wrong."""
+        status = self._process.returncode
+        return status is not None and (status > 0 or -status in _CRASHES)
 
     def _describe_end(self) -> str:
         status = self._process.returncode

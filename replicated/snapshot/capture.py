@@ -112,6 +112,10 @@ class Capturer:
         `CaptureFailed` naming the file; then nothing is left.
         """
         rung = request.rung or os.environ.get(RUNG_VARIABLE, "")
+        if rung == "lease" and request.durable:
+            raise CaptureFailed(
+                "`capture: copy` takes no leases, and nothing else is allowed", hint=f"unset {RUNG_VARIABLE}"
+            )
         if rung and rung not in RUNGS:
             raise CaptureFailed(f"no way to capture files: {rung}", hint=f"one of {', '.join(RUNGS)}")
         selection = Selection.of(request.paths)
@@ -277,7 +281,8 @@ class _Capture:
             freezer.abandon()
         capturer._pending.add(request.identifier, walk.read)
         warnings = walk.omissions.warnings()
-        if walk.has_unseen_rules:
+        if walk.has_unseen_rules or request.mapped:
+            # No base for the next: nobody tells of changes of the rules, or of stores into mapped files.
             capturer._set_seen(tree_key, None)
         elif tree_key:
             noted = frozenset(map(walk.absolute, walk.omissions.directories))

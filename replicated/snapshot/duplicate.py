@@ -16,6 +16,7 @@ from typing import Final
 _FICLONE: Final = 0x40049409
 #: Between two looks at whether to go on; at most a second on the slowest of disks.
 _STEP_BYTES: Final = 64 << 20
+_COMPARE_BYTES: Final = 1 << 20
 #: Flag of fallocate(2): the size of the file stays.
 _KEEP_SIZE: Final = 1
 #: The kernel will not copy within itself between these two files.
@@ -35,6 +36,24 @@ def reflink(source: int, destination: int) -> bool:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         return False
+    return True
+
+
+def is_prefix(duplicated: int, source: int) -> bool:
+    """Whether the source still begins with what was copied of it: then that was its content at one moment.
+
+    Two readings in a row that find the same leave a moment between them at which all of it was so. This
+    is how a log that somebody appends to all the time can be taken.
+    """
+    size = os.fstat(duplicated).st_size
+    if os.fstat(source).st_size < size:
+        return False
+    position = 0
+    while position < size:
+        mine = os.pread(duplicated, min(_COMPARE_BYTES, size - position), position)
+        if not mine or os.pread(source, len(mine), position) != mine:
+            return False
+        position += len(mine)
     return True
 
 

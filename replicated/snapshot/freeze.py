@@ -58,6 +58,7 @@ class Freezer:
         self._held = held
         self._is_durable = is_durable
         self._rung = rung
+        self._changing: set[bytes] = set()
         #: Devices that are known to have no reflinks; shared by all captures.
         self._no_reflink = no_reflink
         self._small_bytes = SMALL_FILE_BYTES if rung in ("", "memory") else 0
@@ -144,8 +145,10 @@ class Freezer:
                 return None
             info = before
             source: Source | None = None
+            is_shared = False
             if self._may_use("lease"):
                 holding = None if is_mapped else self._held.share(self._spool.identifier, before)
+                is_shared = holding is not None
                 if holding is None:
                     holding = self._held.hold(self._spool.identifier, descriptor)
                     if holding is not None:
@@ -161,7 +164,8 @@ class Freezer:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
-        self.frozen_bytes += info.st_size
+        if not is_shared:  # else another snapshot keeps it, and counts it
+            self.frozen_bytes += info.st_size
         row = (name, info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
         return row, source
 
@@ -180,8 +184,6 @@ class Freezer:
         linked = self._links[snapshot, name]
         if not linked:
             return None
-        # The space is the other snapshot's.
-        self.frozen_bytes += row[3]
         return (*source[:-1], linked)
 
     def end(self) -> None:
@@ -244,9 +246,16 @@ class Freezer:
             if name != "":
                 return name
         if self._rung == "memory" or (
-            self._may_use("memory") and not self._is_durable and self._spill.has_room(before.st_size)
+            self._may_use("memory")
+            and not self._is_durable
+            and path not in self._changing
+            and self._spill.has_room(before.st_size)
         ):
-            return self._read_into_memory(descriptor, before)
+            name = self._read_into_memory(descriptor, before)
+            if name is None:
+                # The next time copied: a copy can be compared with what the file has become meanwhile.
+                self._changing.add(path)
+            return name
         if self._may_use("copy"):
             return self._copy(descriptor, before)
         raise CaptureFailed(
@@ -282,11 +291,16 @@ class Freezer:
         except OSError as error:
             # Shorter than it was, or else there is no space.
             if _is_same(before, os.fstat(descriptor)):
+                os.close(target)
                 raise self._spool.failure(error) from error
+            os.close(target)
+            os.unlink(path)
+            return None
+        try:
+            if _is_same(before, os.fstat(descriptor)) or duplicate.is_prefix(target, descriptor):
+                return path.name
         finally:
             os.close(target)
-        if _is_same(before, os.fstat(descriptor)):
-            return path.name
         os.unlink(path)
         return None
 

@@ -34,6 +34,8 @@ from replicated.snapshot.slots import Slots
 
 #: The kernel tells of a break at once; this finds what it could not tell.
 _SCAN_INTERVAL_S: Final = 2.0
+#: Descriptors that the daemon needs for other things than held files.
+_OTHER_DESCRIPTORS: Final = 128
 #: The part of the kernel's time that is not used: it began before we knew.
 _MARGIN: Final = 0.1
 #: A file that is stored within this time is not reflinked: that would flush what was just written.
@@ -61,8 +63,8 @@ class HeldFiles:
     """All files that are held for snapshots; every method may be called from any thread.
 
     `spool_path` says where the spool directory of a snapshot is; it is made when a copy goes there. At most
-    `descriptor_limit` files are held, by default half as many as the process may open. The kernel breaks a
-    lease after `break_time_s()`.
+    `descriptor_limit` files are held, by default three quarters of what the process may open and does not
+    need otherwise. The kernel breaks a lease after `break_time_s()`.
     """
 
     def __init__(
@@ -75,7 +77,8 @@ class HeldFiles:
         self._copies = HeldCopies(spool_path)
         self._break_time_s = break_time_s
         if descriptor_limit is None:
-            descriptor_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+            spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_DESCRIPTORS
+            descriptor_limit = max(0, spare * 3 // 4)
         self._slots = Slots(descriptor_limit)
         self._lock = threading.Lock()
         #: A file is not busy any more.

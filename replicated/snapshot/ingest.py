@@ -198,8 +198,14 @@ class _Trees:
         return frozenset(
             content
             for content in contents
-            if (not self._writer.contains(content) if content.node else not missing.isdisjoint(content.ids()))
+            if (not self._contains(content) if content.node else not missing.isdisjoint(content.ids()))
         )
+
+    def _contains(self, content: FileContent) -> bool:
+        try:
+            return self._writer.contains(content)
+        except RepositoryDamaged:
+            return False  # the user's file may still be as it was
 
     def _store_one(
         self, directory: bytes, row: Row, source: Source, missing: frozenset[FileContent]

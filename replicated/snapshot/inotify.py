@@ -18,6 +18,7 @@ from typing import Final
 # From linux/inotify.h.
 MODIFY: Final = 0x00000002
 ATTRIB: Final = 0x00000004
+CLOSE_WRITE: Final = 0x00000008
 MOVED_FROM: Final = 0x00000040
 MOVED_TO: Final = 0x00000080
 CREATE: Final = 0x00000100
@@ -34,7 +35,9 @@ ISDIR: Final = 0x40000000
 #: Whatever changes the listing of a directory, and nothing that comes from reading it. Without
 #: IN_EXCL_UNLINK: a file that was made under another name, linked to its own and unlinked from the other
 #: is still written through the name that is gone.
-_CHANGES: Final = MODIFY | ATTRIB | MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
+# CLOSE_WRITE tells of what was stored through a mapping, or asynchronously, by whoever has closed it since.
+_OF_FILES: Final = MODIFY | ATTRIB | CLOSE_WRITE
+_CHANGES: Final = _OF_FILES | MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
 
 _NONBLOCK: Final = os.O_NONBLOCK
 _CLOEXEC: Final = os.O_CLOEXEC

@@ -20,7 +20,7 @@ from replicated.snapshot.entries import (
     unpack_rows,
     unpack_sources,
 )
-from replicated.snapshot.treecache import RACY_NS
+from replicated.snapshot.treecache import is_racy
 
 #: A directory of more captures than this is not likely to be asked for what the oldest had.
 _CAPTURES_A_DIRECTORY: Final = 4
@@ -43,10 +43,11 @@ class PendingFiles:
     def __init__(self, captures: Iterable[tuple[str, PendingDirectory]]) -> None:
         self._files: dict[bytes, tuple[PlainRow, str, Source]] = {}
         for snapshot, directory in captures:
-            racy_ns = directory.listed_ns - RACY_NS
             rows, sources = unpack_rows(directory.rows), unpack_sources(directory.sources)
             for row, source in zip(rows, sources, strict=True):
-                if source[0] in (PACKED, SPOOLED) and max(row.mtime_ns, row.ctime_ns) < racy_ns:
+                if source[0] in (PACKED, SPOOLED) and not is_racy(
+                    row.mtime_ns, row.ctime_ns, directory.listed_ns
+                ):
                     self._files[row.name] = row, snapshot, source
 
     def find(self, row: PlainRow) -> tuple[str, Source] | None:

@@ -87,23 +87,31 @@ def _complete_spool(job: Job, inline: bytes, spool: Spool, held: HeldFiles) -> N
     """Read again what may have been in memory only when the daemon ended."""
     if spool.is_complete(job.id):
         return
-    is_incomplete = False
-    for path, row, source in _files(job, inline, spool):
-        if row.size == 0:
-            continue  # nothing was kept for it
-        if source[0] == PACKED:
-            offset, name = source[1:]
-        elif source[0] == SPOOLED:
-            offset, name = 0, source[1]
-        else:
-            continue
-        is_incomplete = True
-        descriptor = _open_unchanged(path, row)
-        with _closing(descriptor), _spool_trouble(spool):
-            _copy(path, descriptor, row, spool.path(job.id) / name, offset)
-    if is_incomplete:
+    #: By name. Files anew: those that are there may be shared with a snapshot that is complete.
+    made: dict[str, Path] = {}
+    try:
+        for path, row, source in _files(job, inline, spool):
+            if row.size == 0:
+                continue  # nothing was kept for it
+            if source[0] == PACKED:
+                offset, name = source[1:]
+            elif source[0] == SPOOLED:
+                offset, name = 0, source[1]
+            else:
+                continue
+            descriptor = _open_unchanged(path, row)
+            made[name] = spool.path(job.id) / f"{name}.tmp"
+            with _closing(descriptor), _spool_trouble(spool):
+                _copy(path, descriptor, row, made[name], offset)
         with _spool_trouble(spool):
-            spool.set_complete(job.id)
+            for name, temporary in made.items():
+                temporary.replace(spool.path(job.id) / name)
+            if made:
+                spool.set_complete(job.id)
+    except BaseException:
+        for temporary in made.values():
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _files(job: Job, inline: bytes, spool: Spool) -> Iterator[tuple[bytes, Row, Source]]:

@@ -98,8 +98,9 @@ class Spill:
                     return self._free.pop()
                 # The rest is in the hands of other captures, which may wait for one as well.
                 if self._slab_count < self._slab_limit or self._in_flight == 0:
+                    slab = Slab()
                     self._slab_count += 1
-                    return Slab()
+                    return slab
                 self._condition.wait()
 
     def give_back(self, slab: Slab) -> None:
@@ -133,12 +134,17 @@ class Spill:
     def write(self, file: SpillFile, slab: Slab, offset: int, length: int) -> None:
         """Queue the beginning of a slab, which is not the caller's any more; its space has been reserved."""
         with self._condition:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="spill", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads
+                    self._give_back(slab)
+                    raise OSError(errno.EAGAIN, str(error)) from error
+                self._thread = thread
             file.queued += 1
             self._in_flight += 1
             self._queue.append(_Write(file, slab, offset, length))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="spill", daemon=True)
-                self._thread.start()
             self._condition.notify_all()
 
     def end(self, file: SpillFile, size_bytes: int) -> None:

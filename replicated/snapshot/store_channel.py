@@ -127,6 +127,10 @@ def describe_failure(error: Exception) -> tuple[Any, ...]:
         return REFUSED, error.errno or errno.EIO, _text_of(error)
     if isinstance(error, sqlite3.OperationalError):
         return REFUSED, errno.EIO, _text_of(error)
+    if isinstance(error, MemoryError):
+        return REFUSED, errno.ENOMEM, "out of memory"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return REFUSED, errno.EAGAIN, str(error)
     return BROKEN, "".join(traceback.format_exception(error))[-MAX_TEXT:]
 
 

@@ -37,6 +37,9 @@ KEPT_DAYS: Final = 90
 #: times: kernels stamp files with the clock of their last tick, 10 ms at most, and file servers are
 #: coarser still.
 RACY_NS: Final = 20_000_000
+#: The same where times are whole seconds (ext3, ext4 with small inodes) or even two (FAT).
+COARSE_RACY_NS: Final = 2_100_000_000
+_SECOND_NS: Final = 10**9
 
 _SCHEMA = """
 -- One directory each; all by its absolute path, because trees that overlap share directories.
@@ -324,8 +327,16 @@ def smudge(rows: Sequence[PlainRow], listed_ns: int) -> bytes:
 
     A change so soon after the last one that both have the same time cannot be seen in the times.
     """
-    newest = listed_ns - RACY_NS
-    return pack_rows([row if max(row[4:]) < newest else (*row[:5], 0) for row in rows])
+    return pack_rows([(*row[:5], 0) if is_racy(row[4], row[5], listed_ns) else row for row in rows])
+
+
+def is_racy(mtime_ns: int, ctime_ns: int, listed_ns: int) -> bool:
+    """Whether a file with these times may have changed after `listed_ns` without a change of its times."""
+    newest = max(mtime_ns, ctime_ns)
+    if newest >= listed_ns - RACY_NS:
+        return True
+    # The ctime cannot be set by anybody: a whole one says how fine the times of this file system are.
+    return ctime_ns % _SECOND_NS == 0 and newest >= listed_ns - COARSE_RACY_NS
 
 
 def _load_tree(connection: sqlite3.Connection, key: bytes) -> CachedTree | None:

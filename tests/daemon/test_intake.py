@@ -42,7 +42,7 @@ def intake(tmp_path, journal):
         capturer,
         repositories,
         TreeCaches(tmp_path / "cache" / "trees", repositories),
-        Admission(journal, ignore, lambda: ""),
+        Admission(journal, ignore, lambda _: ""),
         wake=ignore,
         watch=ignore,
         watch_exit=ignore,

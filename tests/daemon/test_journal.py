@@ -89,10 +89,10 @@ def test_frozen_bytes_are_those_of_captured_jobs(journal: Journal) -> None:
     jobs = [make_job(has_files=True, frozen_bytes=10, spooled_bytes=n) for n in (1, 2, 4)]
     for job in jobs:
         journal.add(job)
-    assert journal.frozen() == (30, 7)
+    assert journal.frozen() == {"file:///r": (30, 7)}
     journal.finish(jobs[0].id, "stored", 2)
     journal.remove([jobs[1].id], 2)
-    assert journal.frozen() == (10, 4)
+    assert journal.frozen() == {"file:///r": (10, 4)}
 
 
 class Clock:
@@ -119,9 +119,9 @@ def test_above_a_bound_the_call_is_sent_back_with_the_reason(
 ) -> None:
     journal.add(make_job(has_files=True, frozen_bytes=3 * 10**9, spooled_bytes=2 * 10**9))
     clock = Clock()
-    admission = Admission(journal, clock.wait, lambda: "no route to host", lambda: clock.now)
+    admission = Admission(journal, clock.wait, lambda _: "no route to host", lambda: clock.now)
     with pytest.raises(QueueFull) as caught:
-        admission.wait(bounds)
+        admission.wait("file:///r", bounds)
     assert caught.value.message == says + "; nothing moves at present: no route to host"
     assert "replicate.yaml" in caught.value.hint
     assert clock.now > 0
@@ -132,12 +132,12 @@ def test_a_waiting_call_goes_on_when_a_job_is_stored(journal: Journal) -> None:
     journal.add(job)
     clock = Clock()
     clock.on_wait = lambda: journal.finish(job.id, "stored", 2)
-    Admission(journal, clock.wait, lambda: "", lambda: clock.now).wait(Bounds(queue_bytes=100))
-    assert journal.frozen() == (0, 0)
+    Admission(journal, clock.wait, lambda _: "", lambda: clock.now).wait("file:///r", Bounds(queue_bytes=100))
+    assert journal.frozen() == {}
 
 
 def test_nothing_waits_while_nothing_is_pending(journal: Journal) -> None:
-    Admission(journal, Clock().wait, lambda: "").wait(Bounds(queue_bytes=1, spool_bytes=1))
+    Admission(journal, Clock().wait, lambda _: "").wait("file:///r", Bounds(queue_bytes=1, spool_bytes=1))
 
 
 @pytest.fixture
@@ -202,3 +202,16 @@ def wait_for_log_to_be_taken_in(journal: Journal) -> None:
     while journal._log._wanted.is_set() or journal._log._commits:
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def test_what_waits_for_another_repository_that_is_stuck_holds_up_nobody(journal: Journal) -> None:
+    journal.add(make_job(has_files=True, frozen_bytes=100, spooled_bytes=100))
+    bounds = Bounds(queue_bytes=100, spool_bytes=100)
+    stuck = {"file:///r": "it is away", "file:///other": ""}
+    clock = Clock()
+    Admission(journal, clock.wait, stuck.__getitem__, lambda: clock.now).wait("file:///other", bounds)
+    assert clock.now == 0
+    # Of one that moves, the spool is shared.
+    stuck["file:///r"] = ""
+    with pytest.raises(QueueFull, match="spool"):
+        Admission(journal, clock.wait, stuck.__getitem__, lambda: clock.now).wait("file:///other", bounds)

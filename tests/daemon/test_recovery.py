@@ -1,6 +1,11 @@
 """A daemon that is killed before anything is stored: the next one goes on, or says what is lost."""
 
 import os
+import signal
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +150,52 @@ def test_a_daemon_that_is_told_to_stop_copies_what_it_holds_first(slow_project):
     assert project.flush().failed == 0
     for step, data in enumerate(contents):
         assert project.read(checkpoints[step].id, f"model-{step}.pt") == data
+
+
+def test_recovery_never_writes_into_a_file_that_a_complete_snapshot_shares(slow_project, wait_until):
+    project, experiment = slow_project
+    data = os.urandom(BIG)
+    path = project.write("model.pt", data)
+    # What is younger is not shared: it may change once more without a change of its times.
+    wait_until(lambda: time.time_ns() - path.stat().st_ctime_ns > 10**8, "the file is not racy any more")
+    first = project.checkpoint(experiment, "model.pt", mode="copy")
+    second = project.checkpoint(experiment, "model.pt", mode="copy")
+    spool = project.daemon.home / "state" / "spool"
+    shared = [next((spool / one.id).glob("large-*")) for one in (first, second)]
+    assert shared[0].stat().st_ino == shared[1].stat().st_ino
+    project.daemon.kill()
+    # As if the daemon had died before the second was complete.
+    (spool / second.id / "complete").unlink()
+    with closing(sqlite3.connect(project.daemon.home / "state" / "journal.db")) as journal, journal:
+        journal.execute("UPDATE jobs SET is_durable = 0 WHERE id = ?", (second.id,))
+    with path.open("r+b") as opened:
+        opened.write(b"another")
+    project.daemon.start()
+    assert project.flush().failed == 1
+    assert state_of(project, experiment, second).state == "failed"
+    assert project.read(first.id, "model.pt") == data
+
+
+def test_a_store_process_that_is_killed_again_and_again_loses_nothing(slow_project, wait_until):
+    project, experiment = slow_project
+    data = os.urandom(BIG)
+    project.write("model.pt", data)
+    checkpoint = project.checkpoint(experiment, "model.pt")
+    for _ in range(5):
+        pid = wait_until(lambda: store_process_of(project.daemon.process.pid), "a store process runs")
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), "it has ended")
+    restart(project)
+    assert project.flush().failed == 0
+    assert project.read(checkpoint.id, "model.pt") == data
+
+
+def store_process_of(daemon: int) -> int:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == daemon and b"store-process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return int(pid)
+        except OSError:
+            continue  # it has just ended
+    return 0

@@ -534,3 +534,23 @@ def test_reading_does_not_write_until_the_day_is_old(open_cache: Open, tmp_path:
     cache.load(b"/a")
     cache.store([])
     assert days() == [-23, 0]
+
+
+SECOND_NS = 10**9
+
+
+@pytest.mark.parametrize(
+    ("age_ns", "ctime_ns", "racy"),
+    [
+        (10_000_000, 1_234_567_891, True),
+        (30_000_000, 1_234_567_891, False),
+        # Whole seconds: the file system knows nothing finer.
+        (30_000_000, 5 * SECOND_NS, True),
+        (1_900_000_000, 5 * SECOND_NS, True),
+        (2_200_000_000, 5 * SECOND_NS, False),
+    ],
+)
+def test_files_are_racy_within_the_granularity_of_their_times(age_ns: int, ctime_ns: int, racy: bool) -> None:
+    assert treecache.is_racy(ctime_ns, ctime_ns, ctime_ns + age_ns) is racy
+    # A time that was set by somebody is no reason to doubt the other.
+    assert treecache.is_racy(0, ctime_ns, ctime_ns + age_ns) is racy

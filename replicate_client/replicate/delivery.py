@@ -1,8 +1,9 @@
 """Writing requests on their way to the daemon: waiting for room, and not waiting for a daemon that is away.
 
 The daemon lets a call wait when too much is to be stored; that is told once, and the same request repeated
-until there is room. A daemon that cannot be reached costs patience once: from then on calls that can do
-without fail at once, and only now and then one looks for it again. Called by `run` and `missed`.
+until there is room, or until nothing has moved for a while. That, and a daemon that cannot be reached, costs
+patience once: from then on calls that can do without fail at once, or nearly so, until it is over. Called by
+`run`, `beginning` and `missed`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from replicate.home import Home, find_home
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
+
+    from replicate._pb import daemon_pb2 as pb
 
     _Reply = TypeVar("_Reply", bound=Message)
 else:
@@ -33,7 +36,12 @@ _LONGEST_PAUSE_S = 60.0
 _REACH_S = 3.0
 #: The daemon makes a call wait by itself, and is not asked more often than this if it should not.
 _QUEUE_POLL_S = 0.5
+#: How long a call waits for room while nothing moves; and one that finds it as an earlier one has left it.
+_STUCK_PATIENCE_S = 30.0
+_STUCK_AGAIN_S = 0.5
 _QUEUE = "queue"
+#: Subject of the warnings of those who had to do without.
+STUCK = "stuck"
 
 
 def deliver(
@@ -46,9 +54,10 @@ def deliver(
 ) -> _Reply:
     """The daemon's reply to a request that writes; raises what `connection.call` raises.
 
-    Without `timeout_s` it waits for room as long as it takes, and never raises `QueueFull`.
+    Without `timeout_s` it waits for room as long as anything moves, and raises `QueueFull` when nothing does.
     """
     global _outage
+    patience = _StuckPatience(request, urgency)
     outage = _current_outage()
     if outage is not None and urgency == "routine" and time.monotonic() < outage.pause_ends:
         raise outage.repeated_error()
@@ -64,6 +73,7 @@ def deliver(
             _outage = None
             if timeout_s is not None:
                 raise
+            patience.note(full, begun)
             notices.warn_once(f"a call has to wait: {full}", about=_QUEUE)
             time.sleep(max(0.0, begun + _QUEUE_POLL_S - time.monotonic()))
         except ReplicateError:
@@ -71,7 +81,50 @@ def deliver(
             raise
         else:
             _outage = None
+            patience.note_room()
             return reply
+
+
+class _StuckPatience:
+    """How long one call waits for room while nothing moves in its repository."""
+
+    def __init__(self, request: Message, urgency: Urgency) -> None:
+        capture: pb.Capture | None = getattr(request, "capture", None)
+        self._has_files = capture is not None and bool(capture.paths)
+        self._queue = (find_home(), str(getattr(request, "repository", "")))
+        self._is_known = urgency != "vital" and self._queue in _stuck
+        #: Since when the answers have said so, without a break; of `time.monotonic`.
+        self._since: float | None = None
+
+    def note(self, full: QueueFull, begun: float) -> None:
+        """The answer to a request that was sent at `begun`; raises `QueueFull` when that is enough."""
+        if not full.fields.get("stuck"):
+            self._since, self._is_known = None, False
+            self._is_over()
+            return
+        if self._since is None:
+            self._since = begun
+        limit_s = _STUCK_AGAIN_S if self._is_known else _STUCK_PATIENCE_S
+        if time.monotonic() - self._since >= limit_s:
+            _stuck.add(self._queue)
+            hint = "`replicate status` shows what waits, and why"
+            raise QueueFull(full.message, hint=hint, fields=full.fields) from None
+
+    def note_room(self) -> None:
+        """The request was taken; one without files is always, and says nothing."""
+        if self._has_files:
+            self._is_over()
+
+    def _is_over(self) -> None:
+        if self._queue in _stuck:
+            _stuck.discard(self._queue)
+            notices.forget(STUCK)
+            notices.forget(_QUEUE)
+
+
+#: The queues, by home and repository, in which nothing moved for so long that a call gave up; any thread
+#: adds and discards.
+_stuck: set[tuple[Home, str]] = set()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from replicate import notices
-from replicate.delivery import Urgency, deliver
-from replicate.errors import DaemonUnavailable, ReplicateError
+from replicate.delivery import STUCK, Urgency, deliver
+from replicate.errors import DaemonUnavailable, QueueFull, ReplicateError
 from replicate.home import find_home
 from replicate.lazy import LazyModule
 from replicate.phrases import plural
@@ -61,7 +62,29 @@ class MissedCheckpoints:
         return len(self._waiting)
 
     def add(self, request: pb.CreateCheckpointRequest, error: ReplicateError) -> None:
-        """Keep a request that could not be told."""
+        """Keep a request that could not be told, and warn of that."""
+        self._keep(request, error)
+        notices.warn_once(
+            f"a checkpoint was not saved: {error}; training goes on, and until this is mended the metrics of "
+            "checkpoints are kept in memory, their files are not saved",
+            about=_SUBJECT,
+        )
+
+    def add_without_room(self, request: pb.CreateCheckpointRequest, error: QueueFull) -> None:
+        """Keep a request whose files there was no room for, and warn of that.
+
+        The daemon is told at once if it can be: what has no files needs no room.
+        """
+        self._keep(request, error)
+        notices.warn_once(
+            f"a checkpoint was not saved: {error}; training goes on, and until this is mended only the "
+            "metrics of checkpoints are saved",
+            about=STUCK,
+        )
+        with suppress(ReplicateError):
+            self.tell(quiet=True)
+
+    def _keep(self, request: pb.CreateCheckpointRequest, error: ReplicateError) -> None:
         kept = pb.CreateCheckpointRequest()
         kept.CopyFrom(request)
         kept.ClearField("capture")
@@ -78,11 +101,6 @@ class MissedCheckpoints:
                 self._drop(self._waiting[0])
                 self._lost += 1
         _tell_when_the_process_exits(self)
-        notices.warn_once(
-            f"a checkpoint was not saved: {error}; training goes on, and until this is mended the metrics of "
-            "checkpoints are kept in memory, their files are not saved",
-            about=_SUBJECT,
-        )
 
     def tell(
         self, urgency: Urgency = "routine", *, deadline: float | None = None, quiet: bool = False

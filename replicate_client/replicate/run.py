@@ -3,7 +3,7 @@
 Checks everything that the user hands in before anything is sent, and sends it to the daemon, which has
 captured the files when it answers. Made by `beginning`, ended by users or by `ending`. Promise: trouble with
 the daemon or the storage is told and recorded in the result, and never raised into the training loop; it
-holds the training up for some seconds once, and what could not be told is told later (`missed`).
+holds the training up for half a minute once, and what could not be told is told later (`missed`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from replicate import notices
 from replicate.capturing import decode_state, encode_capture, error_for_users, tell_reply
 from replicate.config import ProjectConfig
 from replicate.delivery import deliver
-from replicate.errors import CaptureFailed, InvalidArgument, PathMissing, ReplicateError
+from replicate.errors import CaptureFailed, InvalidArgument, PathMissing, QueueFull, ReplicateError
 from replicate.home import find_home
 from replicate.ids import CheckpointId, ExperimentId, new_id, short
 from replicate.lazy import LazyModule
@@ -134,7 +134,9 @@ class Run:
             self.stall.give_back(request.stall_ns)
             raise error_for_users(error) from None
         except ReplicateError as error:
-            if is_passing(error):
+            if isinstance(error, QueueFull):
+                self.missed.add_without_room(request, error)
+            elif is_passing(error):
                 self.missed.add(request, error)
             else:
                 if not isinstance(error, CaptureFailed):  # which is recorded

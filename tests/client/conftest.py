@@ -56,7 +56,8 @@ class Server(pb_grpc.DaemonServicer):
             yield pb.ExperimentSummary(status=str(number))
 
     def _write(self, request, context, reply):
-        # Noted; and sent back as long as its repository says `full:N`, N times in all.
+        # Noted; and sent back as long as its repository says `full:N`, N times in all, or `stuck`, while it
+        # has files and there is a file of that name.
         with open("requests", "ab") as file:
             data = request.SerializeToString()
             file.write(type(request).__name__.encode() + b" " + data.hex().encode() + b"\\n")
@@ -64,6 +65,12 @@ class Server(pb_grpc.DaemonServicer):
         Server.asked += 1
         if word == "full" and Server.asked <= int(count):
             error = from_code("queue_full", "9 GB wait", "patience", {})
+            context.set_trailing_metadata(((wire.ERROR_METADATA_KEY, wire.encode_error(error)),))
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "")
+        if word == "stuck" and request.capture.paths and os.path.exists("stuck"):
+            with open("stuck") as file:
+                fields = {"stuck": file.read()}
+            error = from_code("queue_full", "9 GB wait", "patience", fields)
             context.set_trailing_metadata(((wire.ERROR_METADATA_KEY, wire.encode_error(error)),))
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "")
         return reply

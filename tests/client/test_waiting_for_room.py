@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 import replicate
-from replicate import delivery, notices
+from replicate import delivery, missed, notices
+from replicate.errors import QueueFull
 
 
 @pytest.fixture
@@ -82,6 +83,103 @@ with experiments.create(quiet=True):
 """
     done = run_script(source)
     assert (done.status, done.output) == (0, "handled\nbegun\n")
+
+
+@pytest.fixture
+def stuck(server, project, home, monkeypatch):
+    """A trainer whose daemon has no room for files, and the reason that it gives for that (None: room)."""
+    monkeypatch.setattr(delivery, "_QUEUE_POLL_S", 0.01)
+    monkeypatch.setattr(delivery, "_STUCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr(delivery, "_STUCK_AGAIN_S", 0.0)
+    monkeypatch.setattr(delivery, "_stuck", set())
+    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(missed, "_kept", [])
+    server()
+    (project / "model.pt").write_bytes(b"model")
+
+    class Stuck:
+        def __init__(self):
+            self.experiments = replicate.Project(repository="file:///stuck").experiments
+            self.experiment = self.experiments.create(quiet=True)
+
+        def because(self, reason):
+            if reason is None:
+                (home / "stuck").unlink()
+            else:
+                (home / "new").write_text(reason)
+                (home / "new").rename(home / "stuck")
+
+    return Stuck()
+
+
+def test_a_checkpoint_does_without_room_when_nothing_moves(stuck, written, capsys):
+    stuck.because("the disk is full")
+    first = stuck.experiment.checkpoint("model.pt", {"loss": 1})
+    assert (first.state, first.error) == ("failed", "9 GB wait")
+    *tries, told = written()[1:]
+    assert len(tries) > 1
+    assert {one.checkpoint.id for one in (*tries, told)} == {first.id}
+    assert told.missed_because == "the files could not be captured when it was made: 9 GB wait"
+    assert not told.capture.paths
+    assert told.stall_ns > 0
+    waits, failed = capsys.readouterr().err.splitlines()
+    assert "a call has to wait" in waits
+    assert failed == (
+        "replicate: a checkpoint was not saved: 9 GB wait (`replicate status` shows what waits, and why); "
+        "training goes on, and until this is mended only the metrics of checkpoints are saved"
+    )
+
+
+def test_while_nothing_moves_later_checkpoints_give_up_at_once_and_say_nothing(stuck, written, capsys):
+    stuck.because("the disk is full")
+    stuck.experiment.checkpoint("model.pt")
+    capsys.readouterr()
+    before = len(written())
+    for loss in range(3):
+        assert stuck.experiment.checkpoint("model.pt", {"loss": loss}).state == "failed"
+        assert stuck.experiment.checkpoint().state == "captured"
+    assert len(written()) == before + 9  # asked once and told, and one without files
+    assert capsys.readouterr().err == ""
+    stuck.because(None)
+    assert stuck.experiment.checkpoint("model.pt").state == "captured"
+    stuck.because("again")
+    before = len(written())
+    assert stuck.experiment.checkpoint("model.pt").state == "failed"
+    assert len(written()) > before + 2
+    assert "a checkpoint was not saved" in capsys.readouterr().err
+
+
+def test_once_something_moves_calls_are_patient_again(stuck, monkeypatch, written):
+    stuck.because("the disk is full")
+    stuck.experiment.checkpoint("model.pt")
+    answers = iter(["", "", "the disk is full", "the disk is full", "", None])
+
+    def sleep(_):
+        stuck.because(next(answers))
+
+    monkeypatch.setattr(delivery, "_STUCK_PATIENCE_S", 1000.0)
+    monkeypatch.setattr(delivery, "_STUCK_AGAIN_S", 1000.0)
+    monkeypatch.setattr(delivery.time, "sleep", sleep)
+    assert stuck.experiment.checkpoint("model.pt").state == "captured"
+    assert next(answers, "none left") == "none left"
+    assert not delivery._stuck
+
+
+def test_init_says_that_nothing_moves(stuck):
+    stuck.because("the disk is full")
+    for _ in range(2):
+        with pytest.raises(QueueFull, match="9 GB wait") as caught:
+            stuck.experiments.create("model.pt", quiet=True)
+        assert caught.value.fields["stuck"] == "the disk is full"
+
+
+def test_another_repository_is_no_reason_to_give_up_at_once(stuck, written):
+    other = replicate.Project(repository="file:///other/stuck").experiments.create(quiet=True)
+    stuck.because("the disk is full")
+    stuck.experiment.checkpoint("model.pt")
+    before = len(written())
+    other.checkpoint("model.pt")
+    assert len(written()) > before + 2
 
 
 def test_the_daemon_lets_calls_wait_until_something_is_stored(run_script, project):

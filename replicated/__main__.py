@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from replicate._version import __version__
 from replicate.errors import ReplicateError
 from replicate.home import find_home
-from replicated.priority import take_lowest_priority
+from replicated.priority import take_low_priority
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return process.main(arguments[1:])
     if arguments[:1] == ["store-process"]:
-        if "--urgent" not in arguments:
-            take_lowest_priority()  # before anything is loaded, and any thread begins
+        # Before anything is loaded, and any thread begins.
+        take_low_priority(is_urgent="--urgent" in arguments)
         from replicated.snapshot import store_process
 
         return store_process.main(arguments[1:])

@@ -209,7 +209,7 @@ class Jobs:
                 self._wait_urgently(timeout_s)
 
     def _wait_urgently(self, timeout_s: float) -> None:
-        """Wait for a change; what is stored meanwhile is stored at normal priority."""
+        """Wait for a change; what is stored meanwhile is stored at a higher priority."""
         self._waiting += 1
         try:
             self._changed.wait(timeout_s)

@@ -13,8 +13,10 @@ import time
 from contextlib import suppress
 from typing import Final
 
-NORMAL_NICENESS: Final = 0
 LOWEST_NICENESS: Final = 19
+#: While somebody waits: a tenth of a busy processor, where the lowest priority is a seventieth. More would be
+#: felt by the training, which goes on while one of its threads waits.
+URGENT_NICENESS: Final = 10
 
 #: Numbers of ioprio_set(2), which the C library has no function for; elsewhere it is 30.
 _IOPRIO_SET: Final = {"x86_64": 251, "ppc64le": 273, "ppc64": 273, "s390x": 282}
@@ -29,25 +31,27 @@ _AUTOGROUP_TRIES: Final = 5
 _AUTOGROUP_PAUSE_S: Final = 0.1
 
 
-def take_lowest_priority() -> None:
-    """Lower this process for good, on the processors and on the disks.
+def take_low_priority(*, is_urgent: bool) -> None:
+    """Lower this process for good, on the processors and, unless it is urgent, on the disks.
 
     To be called before it has other threads: they inherit it. In a session of its own the process is
     lowered as a whole too: where the kernel groups processes by session, niceness counts within one only.
     """
+    niceness = URGENT_NICENESS if is_urgent else LOWEST_NICENESS
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, LOWEST_NICENESS)
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
     if os.getsid(0) == os.getpid():
-        _set_session("self", LOWEST_NICENESS)
-    _set_io_class(0, _CLASS_IDLE)
+        _set_session("self", niceness)
+    if not is_urgent:
+        _set_io_class(0, _CLASS_IDLE)
 
 
-def set_priority(pid: int, *, is_lowest: bool) -> bool:
-    """Raise to normal, or lower again, a process that leads its session; False when that is not allowed.
+def set_priority(pid: int, *, is_urgent: bool) -> bool:
+    """Raise a process that leads its session, or lower it again; False when that is not allowed.
 
     Lowering always is; raising takes privileges or a limit (RLIMIT_NICE) that few users have.
     """
-    niceness = LOWEST_NICENESS if is_lowest else NORMAL_NICENESS
+    niceness = URGENT_NICENESS if is_urgent else LOWEST_NICENESS
     try:
         threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
         for thread in threads:
@@ -57,7 +61,7 @@ def set_priority(pid: int, *, is_lowest: bool) -> bool:
     except OSError:
         return True  # one that has just ended
     for thread in threads:
-        _set_io_class(thread, _CLASS_IDLE if is_lowest else _CLASS_NONE)
+        _set_io_class(thread, _CLASS_NONE if is_urgent else _CLASS_IDLE)
     _set_session(str(pid), niceness)
     return True
 

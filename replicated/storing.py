@@ -87,7 +87,7 @@ class Storing:
         Empty `entries` are read from the spool directory. `upload_limit` is in bytes a second, 0 for
         none. `on_progress` gets the bytes of content done so far, from time to time also when that is no
         more than before; what it raises passes, and the ingest is given up. While `is_urgent`, somebody
-        waits for it: the process then has normal priority. Raises what `ingest` raises, `OSError`s as
+        waits for it: the process then has a higher priority. Raises what `ingest` raises, `OSError`s as
         `StoringFailed`, `StoringBroken` for a bug, and `StoreProcessDied`.
         """
         while True:
@@ -210,7 +210,7 @@ class _Process:
     def adapt(self, *, is_urgent: bool) -> bool:
         """Give it the priority that fits; False when it is too slow and cannot be made faster."""
         if is_urgent != self._is_urgent:
-            if not set_priority(self._process.pid, is_lowest=not is_urgent):
+            if not set_priority(self._process.pid, is_urgent=is_urgent):
                 return False
             self._is_urgent = is_urgent
         return True

@@ -69,7 +69,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--flags", required=True, type=int, help="descriptor of the flags of held files")
     parser.add_argument("--cache", required=True, type=Path, help="directory of the user's caches")
     parser.add_argument("--parent", required=True, type=int, help="pid of the daemon")
-    parser.add_argument("--urgent", action="store_true", help="keep the priority of the daemon")
+    parser.add_argument("--urgent", action="store_true", help="somebody waits: a higher priority")
     parser.add_argument("--idle-exit", type=float, default=IDLE_EXIT_S, metavar="SECONDS")
     return parser.parse_args(argv)
 

@@ -461,14 +461,14 @@ def niceness_of(storing):
     return os.getpriority(os.PRIO_PROCESS, pid_of(storing))
 
 
-def test_process_is_as_fast_as_others_while_somebody_waits(project, repository, storing, freeze, spool):
+def test_process_has_a_higher_priority_while_somebody_waits(project, repository, storing, freeze, spool):
     fill(project)
     store(storing, repository, freeze(project, spool))
     pid = pid_of(storing)
     assert niceness_of(storing) == priority.LOWEST_NICENESS
     store(storing, repository, freeze(project, spool), is_urgent=lambda: True)
-    assert niceness_of(storing) == priority.NORMAL_NICENESS
-    assert Path(f"/proc/{pid}/autogroup").read_text().strip().endswith("nice 0")
+    assert niceness_of(storing) == priority.URGENT_NICENESS
+    assert Path(f"/proc/{pid}/autogroup").read_text().strip().endswith("nice 10")
     store(storing, repository, freeze(project, spool))
     assert niceness_of(storing) == priority.LOWEST_NICENESS
     assert pid_of(storing) == pid
@@ -481,10 +481,10 @@ def test_where_a_process_cannot_be_made_faster_another_one_takes_over(
     store(storing, repository, freeze(project, spool))
     pid = pid_of(storing)
 
-    def only_lower(pid, *, is_lowest):
-        return is_lowest and priority.set_priority(pid, is_lowest=True)
+    def only_lower(pid, *, is_urgent):
+        return not is_urgent and priority.set_priority(pid, is_urgent=False)
 
     monkeypatch.setattr(storing_module, "set_priority", only_lower)
     store(storing, repository, freeze(project, spool), is_urgent=lambda: True)
     assert pid_of(storing) != pid
-    assert niceness_of(storing) == os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness_of(storing) == priority.URGENT_NICENESS

@@ -84,7 +84,7 @@ def _end_all() -> None:
             timeout_s = max(0.0, deadline - time.monotonic())
             run.end("failed" if _is_failing else "stopped", is_exiting=True, timeout_s=timeout_s)
             left.append(run.backlog)
-        elif run.backlog.snapshots:
+        elif run.backlog.snapshots or run.backlog.failed:
             left.append(_ask_backlog(run, deadline))
     _tell_backlog(left, quiet=all(run.quiet for run in mine))
 
@@ -97,10 +97,12 @@ def _ask_backlog(run: Run, deadline: float) -> Backlog:
             "WaitStored", request, pb.StatusReply, timeout_s=max(0.0, deadline - time.monotonic())
         )
     except ReplicateError:
-        return Backlog()
+        return Backlog(failed=run.backlog.failed)
     waiting = reply.pending + reply.active if reply.bytes_pending else 0
     snapshots = min(run.backlog.snapshots, waiting)
-    return Backlog(snapshots, reply.bytes_pending, reply.failed, reply.waiting_because)
+    # What was missed fails only when its record has been stored.
+    failed = max(reply.failed, run.backlog.failed) if reply.pending + reply.active else reply.failed
+    return Backlog(snapshots, reply.bytes_pending, failed, reply.waiting_because)
 
 
 def _tell_backlog(left: Sequence[Backlog], *, quiet: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Any, SupportsIndex, TypeVar, overload
 from replicate import query
 from replicate.errors import NotStored, ReplicateError
 from replicate.ids import CheckpointId, ExperimentId, short
+from replicate.missed import was_recorded_later
 from replicate.phrases import plural
 from replicate.records import (
     CheckpointRecord,
@@ -46,7 +47,17 @@ class Checkpoint(Snapshot):
 
     def __init__(self, repository: str, record: CheckpointRecord) -> None:
         self._repository = repository
-        self._record = record
+        self._shown = record
+
+    @property
+    def _record(self) -> CheckpointRecord:
+        if self._shown.state == "failed" and was_recorded_later(self._shown.id):
+            self._shown = dataclasses.replace(self._shown, state="captured", error="")
+        return self._shown
+
+    @_record.setter
+    def _record(self, record: CheckpointRecord) -> None:
+        self._shown = record
 
     @property
     def id(self) -> CheckpointId:

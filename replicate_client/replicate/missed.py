@@ -21,6 +21,7 @@ from replicate import notices
 from replicate.delivery import STUCK, Urgency, deliver
 from replicate.errors import DaemonUnavailable, QueueFull, ReplicateError
 from replicate.home import find_home
+from replicate.ids import CheckpointId
 from replicate.lazy import LazyModule
 from replicate.phrases import plural
 
@@ -56,6 +57,8 @@ class MissedCheckpoints:
         self._lost = 0
         #: Why the last one could not be told, or was given up.
         self._because = ""
+        #: Of those that the daemon was told of, the ones whose files are lost.
+        self.without_files = 0
 
     def __len__(self) -> int:
         self._forget_those_of_the_parent()
@@ -121,6 +124,10 @@ class MissedCheckpoints:
                 try:
                     deliver(method, request, reply_type, urgency=urgency, timeout_s=timeout_s)
                     told += 1
+                    if request.missed_because:
+                        self.without_files += 1
+                    else:
+                        _recorded_later.add(CheckpointId(request.checkpoint.id))
                 except ReplicateError as error:
                     if is_passing(error):
                         raise
@@ -140,6 +147,12 @@ class MissedCheckpoints:
             self._lost = self._size_bytes = 0
             return lost, self._because
 
+    @property
+    def lost(self) -> tuple[int, str]:
+        """How many will never be told, and why."""
+        self._forget_those_of_the_parent()
+        return self._lost, self._because
+
     def _drop(self, request: bytes) -> None:
         # A signal handler may have told of it meanwhile.
         if self._waiting and self._waiting[0] is request:
@@ -150,7 +163,7 @@ class MissedCheckpoints:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._waiting = deque()
-            self._size_bytes = self._lost = 0
+            self._size_bytes = self._lost = self.without_files = 0
 
 
 #: Both re-entrant, because a signal handler may record a checkpoint at any moment. `_telling` is held across
@@ -159,8 +172,28 @@ _telling = threading.RLock()
 _lock = threading.RLock()
 #: Those that had something to keep in this process.
 _kept: list[MissedCheckpoints] = []
+#: Checkpoints without files that the daemon was told of after all.
+_recorded_later: set[CheckpointId] = set()
 _kept_by_pid = 0
 _exit_deadline: float | None = None
+
+
+def was_recorded_later(checkpoint_id: CheckpointId) -> bool:
+    """Whether a checkpoint that could not be recorded when it was made has been since, with all it has."""
+    return checkpoint_id in _recorded_later
+
+
+def tell_now(deadline: float | None = None) -> tuple[int, str]:
+    """Tell the daemon of all that this process could not tell it of; how many are lost for good, and why.
+
+    Raises `ReplicateError` when they cannot be told now, at the latest at `deadline` (of `time.monotonic`).
+    """
+    count, because = 0, ""
+    for missed in list(_kept):
+        missed.tell("vital", deadline=deadline, quiet=True)
+        lost, reason = missed.lost
+        count, because = count + lost, reason if lost else because
+    return count, because
 
 
 def exit_deadline() -> float:

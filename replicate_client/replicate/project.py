@@ -7,11 +7,12 @@ when this module is imported, only when something is asked of a project.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from replicate import beginning, ending, notices, query
+from replicate import beginning, ending, missed, notices, query
 from replicate.config import ProjectConfig, find_project
 from replicate.disabled import disabled_experiment, is_disabled, nothing_recorded
 from replicate.errors import NotStored
@@ -156,16 +157,24 @@ def init(
 def flush(timeout: float | None = None) -> None:
     """Wait until everything that this machine captured is stored.
 
-    Raises `TimeoutError` after `timeout` seconds, and `NotStored` naming what failed meanwhile or belongs to
-    an experiment of this process.
+    Tells the daemon first of the checkpoints that it could not be told of when they were made. Raises
+    `TimeoutError` after `timeout` seconds, and `NotStored` naming what failed meanwhile or belongs to an
+    experiment of this process.
     """
     if is_disabled():
         return
     query.check_timeout(timeout)
+    deadline = None if timeout is None else time.monotonic() + timeout
     known = {failure.id for failure in query.status().failures}
+    lost, because = missed.tell_now(deadline)
+    left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+    try:
+        status = query.wait_stored((), left_s)
+    except TimeoutError:
+        raise TimeoutError(f"not everything is stored after {timeout:g} s") from None
     failures = [
         failure
-        for failure in query.wait_stored((), timeout).failures
+        for failure in status.failures
         # What failed earlier, elsewhere, is in `replicate status`, and not this script's affair.
         if failure.id not in known or failure.experiment_id in ending.own_experiments()
     ]
@@ -176,6 +185,10 @@ def flush(timeout: float | None = None) -> None:
             f" {short(first.id)}: {first.error}",
             hint="`replicate status` shows all of them",
             fields={"ids": " ".join(failure.id for failure in failures)},
+        )
+    if lost:
+        raise NotStored(
+            f"{plural(lost, 'checkpoint')} could not be recorded, not even the metrics: {because}"
         )
 
 

@@ -182,7 +182,9 @@ class Run:
             notices.warn_once(f"the end of experiment {short(self.experiment_id)} was not recorded: {error}")
             return
         self.is_end_told = True
-        self.backlog = Backlog(reply.pending, reply.bytes_pending, reply.failed, reply.waiting_because)
+        # The daemon counts those that it was given files of.
+        failed = reply.failed + self.missed.without_files
+        self.backlog = Backlog(reply.pending, reply.bytes_pending, failed, reply.waiting_because)
 
     def end_if_owned(self) -> None:
         """End a run of this process, before its experiment is removed."""

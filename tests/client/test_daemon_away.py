@@ -273,14 +273,14 @@ def test_what_cannot_be_told_at_the_end_is_said_in_one_line(run_script):
     assert done.status == 0
     warning, lost, end = done.errors.splitlines()
     assert "a checkpoint was not saved" in warning
-    assert lost.startswith("replicate: 2 checkpoints could not be recorded, not even the metrics: the daemon")
+    assert lost.startswith("replicate: 2 checkpoints could not be recorded, not even the metrics: ")
     assert "the end of experiment" in end
 
 
 def test_what_was_missed_is_told_at_the_end(run_script):
     done = run_script(MISSING + "sys.executable = program\n")
     assert done.status == 0
-    assert len(done.errors.splitlines()) == 1
+    assert len(done.errors.splitlines()) == 2
     (experiment,) = replicate.experiments.list()
     assert experiment.checkpoints.metrics["loss"] == [1, 2]
     assert experiment.checkpoints[0].error == ""
@@ -306,3 +306,60 @@ sys.executable = program
     (experiment,) = replicate.experiments.list()
     workers = [one.metrics.get("from") for one in experiment.checkpoints]
     assert workers == [None, None, "worker"]
+
+
+def test_flush_tells_what_was_missed_and_raises_for_lost_files(run_script):
+    source = (
+        MISSING
+        + """
+without_files, with_files = experiment._made
+print(without_files.state, with_files.state)
+sys.executable = program
+try:
+    replicate.flush(60)
+except replicate.errors.NotStored as error:
+    print(error.message.partition(", ")[0], error.fields["ids"] == with_files.id)
+print(without_files.state, without_files.error == "", with_files.state)
+print(experiment.checkpoints.metrics["loss"])
+"""
+    )
+    done = run_script(source)
+    assert done.status == 0, done.errors
+    assert done.output.splitlines() == [
+        "failed failed",
+        "1 snapshot could not be stored True",
+        "stored True failed",
+        "[1, 2]",
+    ]
+    warning, end = done.errors.splitlines()
+    assert "a checkpoint was not saved" in warning
+    assert end == "replicate: 1 snapshot could not be stored; `replicate status` says why"
+
+
+@pytest.mark.parametrize(
+    "end", ["", "experiment.stop()\n", "experiment.stop()\nreplicate.experiments.list()\n"]
+)
+def test_files_that_were_missed_are_said_at_the_end(run_script, end):
+    done = run_script(MISSING + "sys.executable = program\n" + end)
+    assert done.status == 0
+    assert done.errors.splitlines()[1:] == [
+        "replicate: 1 snapshot could not be stored; `replicate status` says why"
+    ]
+
+
+def test_an_experiment_that_was_deleted_has_no_failures_at_the_end(run_script):
+    done = run_script(MISSING + "sys.executable = program\nexperiment.stop()\nexperiment.delete()\n")
+    assert done.status == 0
+    assert "could not be stored" not in done.errors
+
+
+def test_flush_raises_for_what_was_lost_for_good(trainer):
+    trainer.away()
+    trainer.experiment.checkpoint()
+    with pytest.raises(DaemonUnavailable):
+        replicate.flush()
+    queue = trainer.experiment._run.missed
+    queue._lost, queue._because = 2, "too many"
+    trainer.back()  # in the pause in which nobody looks for it
+    assert missed.tell_now() == (2, "too many")
+    assert len(queue) == 0

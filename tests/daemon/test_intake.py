@@ -37,11 +37,12 @@ def intake(tmp_path, journal):
     held = HeldFiles(spool.path)
     watches = TreeWatches()
     capturer = Capturer(spool, held, watches, ())
+    tree_caches = TreeCaches(tmp_path / "cache" / "trees", repositories)
     yield Intake(
         journal,
         capturer,
         repositories,
-        TreeCaches(tmp_path / "cache" / "trees", repositories),
+        tree_caches,
         Admission(journal, ignore, lambda _: ""),
         wake=ignore,
         watch=ignore,
@@ -50,6 +51,7 @@ def intake(tmp_path, journal):
     )
     capturer.stop()
     watches.stop()
+    tree_caches.close()
     repositories.close()
 
 

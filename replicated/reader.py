@@ -1,7 +1,8 @@
 """Reads chunks and nodes: finds them by the index, fetches, decodes and verifies them.
 
 The one place where bytes come out of packs. Invariant: what leaves has the hash by which it was asked
-for, else an error is raised. Keeps chunks that were used last, up to a number of bytes.
+for, else an error is raised. Keeps the chunks that were used last, of all repositories together, up to a
+number of bytes.
 """
 
 from __future__ import annotations
@@ -29,17 +30,58 @@ T = TypeVar("T")
 _DAMAGE_HINT = "the rest of the repository can still be read"
 
 
-class ChunkReader:
-    """Verified chunks of one repository. May be used from several threads; the lock is a leaf."""
+class ChunkMemory:
+    """The chunks that were read last, by whom and by their ids. Shared by threads; its lock is a leaf."""
 
-    def __init__(self, store: Store, index: Index, memory_bytes: int) -> None:
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._chunks: OrderedDict[tuple[object, bytes], bytes] = OrderedDict()
+        self._size_bytes = 0
+
+    def recall(self, owner: object, chunk_ids: Iterable[bytes]) -> dict[bytes, bytes]:
+        """Those of the chunks that `owner` has read and that are still here."""
+        found: dict[bytes, bytes] = {}
+        with self._lock:
+            for chunk_id in chunk_ids:
+                plain = self._chunks.get((owner, chunk_id))
+                if plain is not None:
+                    self._chunks.move_to_end((owner, chunk_id))
+                    found[chunk_id] = plain
+        return found
+
+    def remember(self, owner: object, chunks: dict[bytes, bytes]) -> None:
+        """Keep chunks that `owner` has read; those that were not used for longest make room."""
+        with self._lock:
+            for chunk_id, plain in chunks.items():
+                if (owner, chunk_id) not in self._chunks:
+                    self._chunks[owner, chunk_id] = plain
+                    self._size_bytes += len(plain)
+            while self._size_bytes > self._limit_bytes and self._chunks:
+                _, oldest = self._chunks.popitem(last=False)
+                self._size_bytes -= len(oldest)
+
+    def forget(self, owner: object) -> None:
+        """Drop what `owner` has read."""
+        with self._lock:
+            for key in [key for key in self._chunks if key[0] is owner]:
+                self._size_bytes -= len(self._chunks.pop(key))
+
+
+class ChunkReader:
+    """Verified chunks of one repository. May be used from several threads."""
+
+    def __init__(self, store: Store, index: Index, memory: ChunkMemory) -> None:
         self._store = store
         self._index = index
-        self._memory_bytes = memory_bytes
-        self._lock = threading.Lock()
-        self._recent: OrderedDict[bytes, bytes] = OrderedDict()
-        self._recent_bytes = 0
+        self._memory = memory
+        #: What the memory knows this reader by: not itself, which it would keep alive.
+        self._name = object()
         self._rebuilt = False
+
+    def close(self) -> None:
+        """Drop what is kept in memory; may be called twice."""
+        self._memory.forget(self._name)
 
     def read(self, chunk_id: bytes) -> bytes:
         """The plain bytes of one chunk; raises as `read_many`."""
@@ -50,11 +92,11 @@ class ChunkReader:
 
         Raises `RepositoryDamaged` naming the chunk, `RepositoryIncompatible`, `RepositoryUnreachable`.
         """
-        found = self._recall(chunk_ids)
+        found = self._memory.recall(self._name, chunk_ids)
         missing = [chunk_id for chunk_id in dict.fromkeys(chunk_ids) if chunk_id not in found]
         if missing:
             fetched = self._fetch(missing)
-            self._remember(fetched)
+            self._memory.remember(self._name, fetched)
             found.update(fetched)
         return found
 
@@ -148,26 +190,6 @@ class ChunkReader:
             else:
                 failed.append(chunk_id)
         return failed
-
-    def _recall(self, chunk_ids: Iterable[bytes]) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
-        with self._lock:
-            for chunk_id in chunk_ids:
-                plain = self._recent.get(chunk_id)
-                if plain is not None:
-                    self._recent.move_to_end(chunk_id)
-                    found[chunk_id] = plain
-        return found
-
-    def _remember(self, chunks: dict[bytes, bytes]) -> None:
-        with self._lock:
-            for chunk_id, plain in chunks.items():
-                if chunk_id not in self._recent:
-                    self._recent[chunk_id] = plain
-                    self._recent_bytes += len(plain)
-            while self._recent_bytes > self._memory_bytes and self._recent:
-                _, oldest = self._recent.popitem(last=False)
-                self._recent_bytes -= len(oldest)
 
 
 def _join_neighbours(locations: dict[bytes, Location]) -> Iterator[list[tuple[bytes, Location]]]:

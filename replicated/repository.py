@@ -33,7 +33,7 @@ from replicated.format.metadata import Edit, Heartbeat, Snapshot
 from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
 from replicated.index import INDEX_PREFIX, Index
 from replicated.packer import PACK_PREFIX
-from replicated.reader import ChunkReader
+from replicated.reader import ChunkMemory, ChunkReader
 from replicated.store import open_store
 from replicated.store.base import KeyMissing, Store
 from replicated.writer import SnapshotWriter
@@ -49,6 +49,8 @@ SNAPSHOT_PREFIX: Final = "snapshots/"
 
 #: Chunks and nodes that a reader keeps in memory.
 MEMORY_BYTES: Final = 64 << 20
+#: Of all repositories that this process has open together.
+_MEMORY = ChunkMemory(MEMORY_BYTES)
 
 _ID_NAME = re.compile(r"([0-9a-f]{64})\.json")
 _LOOK_UP_BATCH = 500
@@ -68,7 +70,7 @@ class Repository:
         self._store = store
         self._settings = settings
         self._index = Index(cache / "index", settings.id, store)
-        self._reader = ChunkReader(store, self._index, MEMORY_BYTES)
+        self._reader = ChunkReader(store, self._index, _MEMORY)
 
     @classmethod
     def open(cls, url: str, *, cache: Path, create: bool) -> Repository:
@@ -107,7 +109,8 @@ class Repository:
         return self._index
 
     def close(self) -> None:
-        """Give up the local index; may be called twice."""
+        """Give up the local index and what is kept in memory; may be called twice."""
+        self._reader.close()
         self._index.close()
 
     # Writing

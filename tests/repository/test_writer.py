@@ -27,7 +27,7 @@ from replicated.format.listing import parse_index
 from replicated.format.manifest import FileContent, TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.index import Index
-from replicated.reader import ChunkReader
+from replicated.reader import ChunkMemory, ChunkReader
 from replicated.repository import Repository
 from replicated.store.base import Buffer
 from replicated.store.memory import MemoryStore
@@ -251,12 +251,12 @@ def test_content_that_is_read_in_pieces_is_the_content_in_memory(
 
     store = MemoryStore()
     with TemporaryDirectory() as cache, closing(Index(Path(cache), "id", store)) as index:
-        with SnapshotWriter(store, index, ChunkReader(store, index, 1 << 20), chunker) as writer:
+        with SnapshotWriter(store, index, ChunkReader(store, index, ChunkMemory(1 << 20)), chunker) as writer:
             content = writer.add_content(size, read_into)
             writer.finish()
         assert content.size == size
         assert content.hash == blake3(data).digest()
-        reader = ChunkReader(store, index, 1 << 20)
+        reader = ChunkReader(store, index, ChunkMemory(1 << 20))
         chunks = b"".join(reader.read(chunk_id) for chunk_id in chunk_ids(reader, content))
         assert chunks == data
         if size >= whole_below and not content.node:

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 #: ioctl of linux/fs.h
@@ -65,19 +65,28 @@ def copy(source: int, destination: int, size: int, go_on: Callable[[], None]) ->
     """
     _check_space(source, destination)
     os.ftruncate(destination, size)
+    for start, end in data_ranges(source, size):
+        _reserve(destination, start, end - start)
+        position = start
+        while position < end:
+            go_on()
+            position += _copy_some(source, destination, position, min(end - position, _STEP_BYTES))
+
+
+def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of the first `size` bytes of a file that hold data, as (start, end)."""
     position = 0
     while position < size:
         try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-            end = min(os.lseek(source, start, os.SEEK_HOLE), size)
+            start = os.lseek(descriptor, position, os.SEEK_DATA)
+            end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return  # only a hole is left
             start, end = position, size  # a file system that does not tell holes
-        _reserve(destination, start, end - start)
-        while start < end:
-            go_on()
-            start += _copy_some(source, destination, start, min(end - start, _STEP_BYTES))
+        if start >= size:
+            return
+        yield start, end
         position = end
 
 

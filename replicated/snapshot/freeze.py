@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 from replicate.errors import CaptureFailed
@@ -311,7 +311,7 @@ class Freezer:
         except OSError as error:
             raise self._spool.failure(error) from error
         try:
-            for start, end in _data_ranges(descriptor, before.st_size):
+            for start, end in duplicate.data_ranges(descriptor, before.st_size):
                 try:
                     self._spill.reserve(file, start, end)
                 except OSError as error:
@@ -356,20 +356,3 @@ def _is_same(before: os.stat_result, after: os.stat_result) -> bool:
         after.st_mtime_ns,
         after.st_ctime_ns,
     )
-
-
-def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file that hold data: holes stay holes."""
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(descriptor, position, os.SEEK_DATA)
-            end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return  # only a hole is left
-            start, end = position, size  # a file system that does not tell holes
-        if start >= size:
-            return
-        yield start, end
-        position = end

@@ -34,6 +34,8 @@ from replicated.storing import StoreProcessDied, Storing
 URGENT_AFTER_WAIT_S = 2.0
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 60.0
+#: While somebody waits for what is to be stored.
+URGENT_PAUSE_S = 2.0
 #: A bug of ours is tried this often before the job fails, so that it cannot block the queue for ever.
 UNEXPECTED_TRIES = 3
 
@@ -192,6 +194,11 @@ class Jobs:
         """Return when no captured job is left, of these experiments and checkpoints or of all, or late."""
         wanted = frozenset(ids)
         deadline = time.monotonic() + timeout_s
+        if timeout_s > 0:
+            with self._lock:
+                resting = [worker for worker in self._workers.values() if worker.waiting_because]
+            for worker in resting:
+                worker.wake.set()  # it may be well again
         while not self._stopping:
             # Registered before the journal is asked, so that a job finished in between is not missed.
             with self._changed:
@@ -324,10 +331,12 @@ class _Worker:
 
     def _rest(self, reason: str) -> None:
         self.waiting_because = reason
+        longest = URGENT_PAUSE_S if self._jobs.is_urgent else LONGEST_PAUSE_S
         # Jitter: many machines that lost the same store must not come back in step.
-        self.wake.wait(self._pause_s * random.uniform(0.5, 1.5))
+        is_woken = self.wake.wait(min(self._pause_s, longest) * random.uniform(0.5, 1.5))
         self.wake.clear()
-        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        if not is_woken:
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
 
     def _store(self, job: Job) -> None:
         jobs = self._jobs

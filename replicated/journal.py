@@ -410,10 +410,10 @@ class _WriteAheadLog:
         with closing(sqlite3.connect(self._database)) as connection:
             while not self._is_closed:
                 self._wanted.wait()
+                self._commits += 1
                 self._wanted.clear()
                 # Not at once: who has just committed is about to answer, and others may commit as well.
                 time.sleep(_GATHER_S)
-                self._commits += 1
                 try:
                     self.sync()
                     if self._commits >= _COMMITS_IN_LOG or self._is_closed:

@@ -8,7 +8,6 @@ Shared by the threads of a process, and by processes (a mount opens it as well):
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sqlite3
 import threading
@@ -20,10 +19,11 @@ from typing import Final, NamedTuple, TypeVar
 from blake3 import blake3
 
 from replicate.errors import RepositoryIncompatible, RepositoryUnreachable
+from replicated.cache_files import CacheFiles
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.listing import parse_index
 from replicated.format.pack import PackListing
-from replicated.sqlite import DatabaseUnusable, open_database
+from replicated.sqlite import DatabaseUnusable
 from replicated.store.base import KeyMissing, Store
 
 INDEX_PREFIX: Final = "index/"
@@ -80,13 +80,18 @@ class Index:
 
     def __init__(self, directory: Path, repository_id: str, store: Store) -> None:
         self._store = store
-        self._directory = directory
         # A copy of a repository has its id but not its packs, hence the URL.
-        self._prefix = f"{repository_id[:16]}-{blake3(store.url.encode()).hexdigest()[:16]}-"
+        prefix = f"{repository_id[:16]}-{blake3(store.url.encode()).hexdigest()[:16]}-"
+        self._files = CacheFiles(
+            directory,
+            prefix,
+            application_id=APPLICATION_ID,
+            user_version=SCHEMA_VERSION,
+            schema=_SCHEMA,
+        )
         self._lock = threading.RLock()
         self._damaged: frozenset[str] = frozenset()
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             self._connection = self._open()
         except OSError as error:
             raise self._unusable(error.strerror or str(error)) from error
@@ -223,7 +228,9 @@ class Index:
                 # Subclasses say that something else is wrong (locked, disk full): the file is good.
                 if type(error) is not sqlite3.DatabaseError:
                     raise
-                _log.warning("the index cache in %s is damaged and made anew: %s", self._directory, error)
+                _log.warning(
+                    "the index cache in %s is damaged and made anew: %s", self._files.directory, error
+                )
                 self._start_anew()
                 self._refresh()
                 return action()
@@ -231,57 +238,19 @@ class Index:
             raise self._unusable(str(error)) from error
 
     def _start_anew(self) -> None:
+        """Give up what there is, also what another process has made meanwhile."""
         self._connection.close()
-        self._connection = self._open(after=self._newest_number())
+        self._connection = self._open(self._files.newest() + 1)
 
-    def _open(self, after: int | None = None) -> sqlite3.Connection:
-        """Open the newest database, or one newer than `after`; older ones are removed.
-
-        A name is never used twice: a process that still has an old file open would remove the
-        write-ahead log of its successor when it closes.
-        """
-        newest = self._newest_number()
-        number = newest if newest is not None else 0
-        if after is not None:
-            number = max(number, after + 1)
-        while True:
-            try:
-                connection = open_database(
-                    self._path(number),
-                    application_id=APPLICATION_ID,
-                    user_version=SCHEMA_VERSION,
-                    schema=_SCHEMA,
-                    durable=False,
-                )
-            except DatabaseUnusable as error:
-                if type(error.__cause__) not in (sqlite3.DatabaseError, type(None)):
-                    raise self._unusable(error.reason) from error
-                number += 1
-                continue
-            self._remove_older_than(number)
-            return connection
-
-    def _path(self, number: int) -> Path:
-        return self._directory / f"{self._prefix}{number}.db"
-
-    def _numbers(self) -> Iterator[int]:
-        for name in os.listdir(self._directory):
-            number = name.removeprefix(self._prefix).removesuffix(".db")
-            if name == f"{self._prefix}{number}.db" and number.isdecimal():
-                yield int(number)
-
-    def _newest_number(self) -> int | None:
-        return max(self._numbers(), default=None)
-
-    def _remove_older_than(self, number: int) -> None:
-        for older in self._numbers():
-            if older < number:
-                for suffix in ("", "-wal", "-shm"):
-                    Path(f"{self._path(older)}{suffix}").unlink(missing_ok=True)
+    def _open(self, at_least: int = 0) -> sqlite3.Connection:
+        try:
+            return self._files.open(at_least)[1]
+        except DatabaseUnusable as error:
+            raise self._unusable(error.reason) from error
 
     def _unusable(self, reason: str) -> RepositoryUnreachable:
         return RepositoryUnreachable(
-            f"cannot use the index cache in {self._directory}: {reason}",
+            f"cannot use the index cache in {self._files.directory}: {reason}",
             hint="check that there is space and that you may write there",
         )
 

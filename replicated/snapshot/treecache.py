@@ -23,9 +23,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgpack
 from blake3 import blake3
 
+from replicated.cache_files import CacheFiles
 from replicated.format.manifest import RootNode
 from replicated.snapshot.entries import PlainRow, pack_root, pack_rows, unpack_root
-from replicated.sqlite import DatabaseUnusable, open_database
+from replicated.sqlite import DatabaseUnusable
 
 #: "RPLT".
 APPLICATION_ID: Final = 0x52504C54
@@ -127,9 +128,16 @@ class TreeCache:
         *,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._directory = directory
         # A copy of a repository has its id but not its chunks, hence the URL.
-        self._prefix = f"{repository_id[:16]}-{blake3(url.encode()).hexdigest()[:16]}-"
+        prefix = f"{repository_id[:16]}-{blake3(url.encode()).hexdigest()[:16]}-"
+        self._files = CacheFiles(
+            directory,
+            prefix,
+            application_id=APPLICATION_ID,
+            user_version=SCHEMA_VERSION,
+            schema=_SCHEMA,
+            busy_timeout_s=_BUSY_TIMEOUT_S,
+        )
         self._clock = clock
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
@@ -241,10 +249,12 @@ class TreeCache:
         except (sqlite3.Error, OverflowError) as error:
             # Subclasses say that something else is wrong (locked, disk full): the file is good.
             if type(error) is sqlite3.DatabaseError:
-                _log.warning("the tree cache in %s is damaged and made anew: %s", self._directory, error)
+                _log.warning(
+                    "the tree cache in %s is damaged and made anew: %s", self._files.directory, error
+                )
                 self._connect(self._number + 1)
                 return None
-            _log.warning("cannot %s the tree cache in %s: %s", verb, self._directory, error)
+            _log.warning("cannot %s the tree cache in %s: %s", verb, self._files.directory, error)
             if verb == "read":
                 # The next directory would have to wait just as long.
                 self._disconnect()
@@ -255,17 +265,17 @@ class TreeCache:
         """Open the file unless it is open and still the one that others would open."""
         if self._is_closed or time.monotonic() < self._retry_at:
             return
-        if self._identity is None or self._identity != _identity(self._path(self._number)):
+        if self._identity is None or self._identity != _identity(self._files.path(self._number)):
             self._connect(0)
 
-    def _connect(self, number: int) -> None:
-        """Open the newest database, but none older than `number`."""
+    def _connect(self, at_least: int) -> None:
+        """Open the newest database, but none older than `at_least`."""
         self._disconnect()
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._connection = self._open(max(number, *self._numbers(), 0))
+            self._number, self._connection = self._files.open(at_least)
+            self._identity = _identity(self._files.path(self._number))
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
-            _log.warning("cannot open the tree cache in %s: %s", self._directory, error)
+            _log.warning("cannot open the tree cache in %s: %s", self._files.directory, error)
             self._disconnect()
             self._retry_at = time.monotonic() + _RETRY_S
 
@@ -274,44 +284,6 @@ class TreeCache:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-    def _open(self, number: int) -> sqlite3.Connection:
-        """Open the first database from `number` on that can be used; older ones are removed.
-
-        A name is never used twice: a process that still has an old file open would remove the
-        write-ahead log of its successor when it closes.
-        """
-        while True:
-            try:
-                connection = open_database(
-                    self._path(number),
-                    application_id=APPLICATION_ID,
-                    user_version=SCHEMA_VERSION,
-                    schema=_SCHEMA,
-                    durable=False,
-                    busy_timeout_s=_BUSY_TIMEOUT_S,
-                )
-            except DatabaseUnusable as error:
-                # As in `_attempt`; without a cause it is of another version.
-                if type(error.__cause__) not in (sqlite3.DatabaseError, type(None)):
-                    raise
-                number += 1
-                continue
-            self._number, self._identity = number, _identity(self._path(number))
-            for older in self._numbers():
-                if older < number:
-                    for suffix in ("", "-wal", "-shm"):
-                        Path(f"{self._path(older)}{suffix}").unlink(missing_ok=True)
-            return connection
-
-    def _path(self, number: int) -> Path:
-        return self._directory / f"{self._prefix}{number}.db"
-
-    def _numbers(self) -> Iterator[int]:
-        for name in os.listdir(self._directory):
-            number = name.removeprefix(self._prefix).removesuffix(".db")
-            if name == f"{self._prefix}{number}.db" and number.isdecimal():
-                yield int(number)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

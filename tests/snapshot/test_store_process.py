@@ -430,7 +430,9 @@ def test_process_has_the_lowest_priority(project, repository, storing, freeze, s
         assert os.getpriority(os.PRIO_PROCESS, int(thread)) == 19
     if os.path.exists(f"/proc/{pid}/autogroup"):
         assert Path(f"/proc/{pid}/autogroup").read_text().split()[-1] == "19"
-        assert Path("/proc/self/autogroup").read_text().split()[-1] != "19", "that of others is left alone"
+        # Empty where no session was begun since the machine's start, as on some build machines.
+        others = Path("/proc/self/autogroup").read_text().split()
+        assert others[-1:] != ["19"], "that of others is left alone"
 
 
 def test_process_loads_nothing_of_the_wire():

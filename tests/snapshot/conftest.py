@@ -11,6 +11,7 @@ import pytest
 from blake3 import blake3
 
 from replicated.format.manifest import RootNode
+from replicated.repository import Repository
 from replicated.snapshot.capture import Capturer, CaptureRequest
 from replicated.snapshot.entries import (
     HELD,
@@ -309,6 +310,13 @@ def project(tmp_path):
     directory = tmp_path / "project"
     directory.mkdir()
     return directory
+
+
+@pytest.fixture
+def repository(tmp_path):
+    opened = Repository.open(f"file://{tmp_path}/repository", cache=tmp_path / "cache", create=True)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

@@ -42,19 +42,6 @@ KINDS = (PACKED, SPOOLED, HELD)
 
 
 @pytest.fixture
-def project(tmp_path):
-    (tmp_path / "project").mkdir()
-    return tmp_path / "project"
-
-
-@pytest.fixture
-def repository(tmp_path):
-    opened = Repository.open(f"file://{tmp_path}/repository", cache=tmp_path / "cache", create=True)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def cache(tmp_path, repository):
     opened = TreeCache(tmp_path / "cache" / "trees", repository.id, repository.url)
     yield opened

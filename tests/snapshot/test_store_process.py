@@ -21,7 +21,6 @@ from replicated import priority
 from replicated import storing as storing_module
 from replicated.format.metadata import Snapshot
 from replicated.processes import start_ticks
-from replicated.repository import Repository
 from replicated.snapshot import store_channel
 from replicated.snapshot.entries import (
     HELD,
@@ -41,19 +40,6 @@ from replicated.storing import StoreProcessDied, Storing, StoringBroken, Storing
 from replicated.tree import open_tree
 
 DEADLINE_S = 60.0
-
-
-@pytest.fixture
-def project(tmp_path):
-    (tmp_path / "project").mkdir()
-    return tmp_path / "project"
-
-
-@pytest.fixture
-def repository(tmp_path):
-    opened = Repository.open(f"file://{tmp_path}/repository", cache=tmp_path / "cache", create=True)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -312,6 +312,9 @@ class Repository:
     def _iter_content(self, content: FileContent, seen: set[bytes]) -> Iterator[bytes]:
         lists: list[bytes] = []
         ids: list[bytes] = []
+        if content.layout and content.layout not in seen:
+            seen.add(content.layout)
+            yield content.layout
         if content.node:
             lists.append(content.node)
         elif content.size:

@@ -18,11 +18,13 @@ from replicated.format.manifest import (
     DIRECTORY_NODE,
     EMPTY_HASH,
     FILE,
+    LAYOUT_NODE,
     MAX_INLINE_CHUNKS,
     NANOSECONDS,
     SYMLINK,
     FileContent,
     parse_entry,
+    parse_layout,
 )
 from replicated.format.segments import NodeTree
 
@@ -131,14 +133,30 @@ class ContentBuilder:
             self._first.append(item)
         self._nodes.add(item)
 
-    def finish(self, digest: bytes) -> FileContent:
-        """The content, whose hash as a whole is `digest`; call once."""
-        if self._count <= 1:
+    def finish(self, digest: bytes, layout: Sequence[int] = ()) -> FileContent:
+        """The content, whose hash as a whole is `digest`; call once.
+
+        With a `layout` (see `parse_layout`) the chunks are those of the gathered file.
+        """
+        layout_node = self._store_layout(layout) if layout else b""
+        if self._count <= 1 and not layout:
             return FileContent(self._size, digest)
         if self._count <= MAX_INLINE_CHUNKS:
             chunk_ids = b"".join(item.id for item in self._first)
-            return FileContent(self._size, digest, chunk_ids, tuple(item.length for item in self._first))
-        return FileContent(self._size, digest, node=self._nodes.finish().id)
+            lengths = tuple(item.length for item in self._first)
+            return FileContent(self._size, digest, chunk_ids, lengths, layout=layout_node)
+        return FileContent(self._size, digest, node=self._nodes.finish().id, layout=layout_node)
+
+    def _store_layout(self, lengths: Sequence[int]) -> bytes:
+        data = pack([LAYOUT_NODE, lengths])
+        # Parsed again, so that what is written is what is accepted, whoever calls.
+        try:
+            is_whole = sum(parse_layout(data)) == self._size
+        except Malformed as error:
+            raise ValueError(f"a layout that cannot be stored: {error}") from error
+        if not is_whole:
+            raise ValueError(f"a layout of {sum(lengths)} bytes for a file of {self._size}")
+        return self._store_node(data)
 
     def _write_node(self, level: int, items: Sequence[_ChunkItem]) -> _ChunkItem:
         ids = b"".join(item.id for item in items)

@@ -21,6 +21,7 @@ from replicated.format.segments import MAX_LEVEL
 
 DIRECTORY_NODE: Final = 1
 CHUNK_LIST_NODE: Final = 2
+LAYOUT_NODE: Final = 3
 
 FILE: Final = 0
 DIRECTORY: Final = 1
@@ -35,6 +36,8 @@ MAX_TARGET_BYTES: Final = 4096
 MAX_MODE: Final = 0o7777
 #: Files of at most so many chunks carry their list in the directory.
 MAX_INLINE_CHUNKS: Final = 16
+#: Regions of a gathered file; its layout then takes less than 2 MiB.
+MAX_REGIONS: Final = 1 << 16
 #: Directories within directories; a path of 4096 bytes cannot be deeper than half of that.
 MAX_DEPTH: Final = 4096
 
@@ -51,6 +54,9 @@ class FileContent:
     Exactly one form applies. `size` 0: nothing else. One chunk: nothing else, its id is `hash`. Few
     chunks: `chunk_ids` (concatenated, 32 bytes each) and `lengths`. Many: `node`, the id of the root of
     a list of chunks.
+
+    With a `layout`, the file is gathered: few or many chunks (a single one counts as few) hold its regions,
+    then its gaps, and the layout says where in the file they belong.
     """
 
     size: int
@@ -59,6 +65,8 @@ class FileContent:
     chunk_ids: bytes = b""
     lengths: tuple[int, ...] = ()
     node: bytes = b""
+    #: The id of a layout node, or nothing; neither `ids` nor the list of chunks has it.
+    layout: bytes = b""
 
     def encode(self) -> bytes:
         """The content as bytes, for caches; `decode` gives it back."""
@@ -86,28 +94,33 @@ class FileContent:
             if size > MAX_CHUNK_BYTES or (size == 0 and digest != EMPTY_HASH):
                 raise Malformed("a file's chunk is too large, or an empty file has a wrong hash")
             return cls(size, digest)
-        if len(content) == 1:
-            (node,) = content
-            if type(node) is not bytes or len(node) != HASH_BYTES or size == 0:
-                raise Malformed("a file's list of chunks is not named")
-            return cls(size, digest, node=node)
-        if len(content) != 2:
-            raise Malformed("a file's content has too many members")
-        chunk_ids, lengths = content
-        _check_lengths(chunk_ids, lengths, MAX_CHUNK_BYTES)
-        if not 2 <= len(lengths) <= MAX_INLINE_CHUNKS or sum(lengths) != size:
-            raise Malformed("a file's chunks do not add up to its size")
-        return cls(size, digest, chunk_ids, lengths)
+        # What is not the lengths of chunks is the id of a node: of a list first, of a layout last.
+        if len(content) > 1 and type(content[1]) is tuple:
+            chunk_ids, lengths, *layouts = content
+            _check_lengths(chunk_ids, lengths, MAX_CHUNK_BYTES)
+            fewest = 1 if layouts else 2
+            if not fewest <= len(lengths) <= MAX_INLINE_CHUNKS or sum(lengths) != size:
+                raise Malformed("a file's chunks do not add up to its size")
+            return cls(size, digest, chunk_ids, lengths, layout=_layout_id(layouts))
+        node, *layouts = content
+        if type(node) is not bytes or len(node) != HASH_BYTES or size == 0:
+            raise Malformed("a file's list of chunks is not named")
+        return cls(size, digest, node=node, layout=_layout_id(layouts))
 
     def ids(self) -> list[bytes]:
-        """The chunks, for contents without a `node`."""
+        """The chunks, for contents without a `node`; the layout is not among them."""
         return split_ids(self.chunk_ids) if self.chunk_ids else [self.hash] if self.size else []
+
+    def named_ids(self) -> list[bytes]:
+        """The ids that stand in the content itself: chunks or the root of their list, and the layout."""
+        return [*([self.node] if self.node else self.ids()), *([self.layout] if self.layout else [])]
 
     def packed(self) -> tuple[Any, ...]:
         """The `content` member of a directory's entry."""
+        layout = (self.layout,) if self.layout else ()
         if self.node:
-            return (self.node,)
-        return (self.chunk_ids, self.lengths) if self.chunk_ids else ()
+            return (self.node, *layout)
+        return (self.chunk_ids, self.lengths, *layout) if self.chunk_ids else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +239,28 @@ def parse_chunk_list(data: bytes) -> ChunkList:
     return ChunkList(level, ids, lengths)
 
 
+def parse_layout(data: bytes) -> tuple[int, ...]:
+    """The lengths of a layout node, gap, region, gap, …; raises `Malformed`.
+
+    Only the first may be 0; there are 1 to `MAX_REGIONS` regions, and a gap that is not empty.
+    """
+    if len(data) > MAX_NODE_BYTES:
+        raise Malformed("a node is too large")
+    value = unpack(data)
+    if type(value) is not tuple or len(value) != 2 or type(value[0]) is not int or value[0] != LAYOUT_NODE:
+        raise Malformed("not a layout")
+    lengths = value[1]
+    if type(lengths) is not tuple or not 2 <= len(lengths) <= 2 * MAX_REGIONS + 1:
+        raise Malformed("a layout with no regions, or too many")
+    if not all(type(length) is int and 0 < length <= _MAX_INT64 for length in lengths[1:]):
+        raise Malformed("a layout with an impossible length")
+    if type(lengths[0]) is not int or not 0 <= lengths[0] <= _MAX_INT64:
+        raise Malformed("a layout with an impossible length")
+    if lengths[0] == 0 and len(lengths) == 2:
+        raise Malformed("a layout without a gap")
+    return lengths
+
+
 def _parse_node(data: bytes, kind: int, member_count: int) -> tuple[int, Sequence[Any]]:
     if len(data) > MAX_NODE_BYTES:
         raise Malformed("a node is too large")
@@ -296,6 +331,15 @@ def _parse_child(raw: object) -> ChildNode:
     if type(count) is not int or not 0 < count <= _MAX_INT64:
         raise Malformed("a node of a directory with an impossible count")
     return ChildNode._make(raw)
+
+
+def _layout_id(layouts: Sequence[object]) -> bytes:
+    """The last member of a content, if it has one, else nothing."""
+    if not layouts:
+        return b""
+    if len(layouts) > 1 or type(layouts[0]) is not bytes or len(layouts[0]) != HASH_BYTES:
+        raise Malformed("a file's content has too many members, or its layout is not named")
+    return layouts[0]
 
 
 def _check_lengths(ids: object, lengths: object, maximum: int) -> None:

@@ -18,20 +18,24 @@ from replicated.format.manifest import (
     DIRECTORY_NODE,
     EMPTY_HASH,
     FILE,
+    LAYOUT_NODE,
     MAX_INLINE_CHUNKS,
     MAX_NODE_BYTES,
+    MAX_REGIONS,
     SYMLINK,
     ChunkList,
     Entry,
     FileContent,
     parse_chunk_list,
     parse_directory,
+    parse_layout,
 )
 
 HASH = blake3(b"content").digest()
 
 # Ids of two directories that are built below.
 DIRECTORY_GOLDEN = "48666c649a69a6419826b6be23dc5cceb28859e4430799c65df8035f79a835f2"
+GATHERED_GOLDEN = "446821cabfa228c0754b85eac5492933f4017624be4f0d562152a4537d29eff5"
 LONG_DIRECTORY_GOLDEN = "a59e99c933b74b639ce4b102e85f750f309487bf661f4e541d2d19cf61e9be61"
 
 FILE_ENTRY = (b"name", FILE, 0o644, 1_700_000_000, 123_456_789, 7, HASH, ())
@@ -102,6 +106,17 @@ def test_encoding_of_a_directory_never_changes() -> None:
     assert builder.finish().hex() == DIRECTORY_GOLDEN
 
 
+def test_encoding_of_gathered_files_never_changes() -> None:
+    nodes = Nodes()
+    builder = DirectoryBuilder(nodes.store)
+    for name, chunk_count in ((b"few", 2), (b"many", 17)):
+        content = ContentBuilder(nodes.store)
+        for _ in range(chunk_count):
+            content.add(HASH, 1000)
+        builder.add_file(name, 0o644, 0, content.finish(HASH, (100, 300, 7, chunk_count * 1000 - 407)))
+    assert builder.finish().hex() == GATHERED_GOLDEN
+
+
 def test_encoding_of_a_long_directory_never_changes() -> None:
     assert build_long_directory(20_000)[0].hex() == LONG_DIRECTORY_GOLDEN
 
@@ -143,6 +158,41 @@ def test_parsed_chunks_are_what_was_added(count: int, variety: int) -> None:
         assert list(zip(content.ids(), content.lengths, strict=True)) == chunks
     else:
         assert nodes.chunks(content.node) == chunks
+
+
+@given(st.integers(1, 40), st.integers(0, 3), st.lists(st.integers(1, 99), min_size=1, max_size=20))
+def test_gathered_content_has_its_layout_and_all_its_chunks(
+    count: int, first: int, others: list[int]
+) -> None:
+    lengths = (first, *others) if first or len(others) > 1 else (1, *others)
+    nodes = Nodes()
+    builder = ContentBuilder(nodes.store)
+    chunks = [(blake3(bytes([n])).digest(), sum(lengths) // count) for n in range(count)]
+    chunks[-1] = (chunks[-1][0], sum(lengths) - sum(length for _, length in chunks[:-1]))
+    chunks = [chunk for chunk in chunks if chunk[1]]
+    for chunk in chunks:
+        builder.add(*chunk)
+    content = builder.finish(HASH, lengths)
+    assert (content.size, content.hash) == (sum(lengths), HASH)
+    assert parse_layout(nodes[content.layout]) == lengths
+    assert FileContent.decode(content.encode()) == content
+    assert content.layout in content.named_ids()
+    if len(chunks) <= MAX_INLINE_CHUNKS:
+        assert list(zip(content.ids(), content.lengths, strict=True)) == chunks
+        assert content.named_ids() == [*content.ids(), content.layout]
+    else:
+        assert nodes.chunks(content.node) == chunks
+        assert content.named_ids() == [content.node, content.layout]
+
+
+@pytest.mark.parametrize("layout", [(0, 10), (1, 8), (2, 9), (0, 0, 10), (10,), (-1, 11), (5, 5.0)])
+def test_layout_that_does_not_fit_is_a_mistake_of_the_caller(layout: tuple[int, ...]) -> None:
+    nodes = Nodes()
+    builder = ContentBuilder(nodes.store)
+    builder.add(HASH, 10)
+    with pytest.raises(ValueError, match="layout"):
+        builder.finish(HASH, layout)
+    assert nodes == {}
 
 
 def test_slightly_changed_file_of_many_chunks_writes_few_nodes() -> None:
@@ -225,6 +275,14 @@ BAD_ENTRIES = {
     "negative chunk": changed(FILE_ENTRY, content=(HASH * 2, (8, -1))),
     "too many inline": changed(FILE_ENTRY, size=17, content=(HASH * 17, (1,) * 17)),
     "three members": changed(FILE_ENTRY, content=(HASH, HASH, HASH)),
+    "four members": changed(FILE_ENTRY, content=(HASH * 2, (3, 4), HASH, HASH)),
+    "short layout": changed(FILE_ENTRY, content=(HASH, HASH[:31])),
+    "layout without id": changed(FILE_ENTRY, content=(HASH * 2, (3, 4), b"")),
+    "layout that is a number": changed(FILE_ENTRY, content=(HASH, 7)),
+    "layout in front": changed(FILE_ENTRY, content=(HASH, HASH * 2, (3, 4))),
+    "layout of nothing": changed(FILE_ENTRY, size=0, hash=EMPTY_HASH, content=(HASH, HASH)),
+    "gathered lengths that do not add up": changed(FILE_ENTRY, content=(HASH, (6,), HASH)),
+    "too many inline, gathered": changed(FILE_ENTRY, size=17, content=(HASH * 17, (1,) * 17, HASH)),
     "directory with a size": changed(DIRECTORY_ENTRY, size=1),
     "directory with content": changed(DIRECTORY_ENTRY, content=(HASH,)),
     "directory without node": changed(DIRECTORY_ENTRY, hash=b""),
@@ -301,6 +359,52 @@ def test_bad_chunk_list_is_refused(data: bytes) -> None:
         parse_chunk_list(data)
 
 
+@pytest.mark.parametrize("content", [(HASH, (7,), HASH), (HASH * 2, (3, 4), HASH), (HASH, HASH)])
+def test_gathered_files_are_accepted(content: tuple[Any, ...]) -> None:
+    (entry,) = parse_directory(directory(changed(FILE_ENTRY, content=content))).entries
+    found = FileContent.from_entry(entry.size, entry.hash, entry.content)
+    assert found.layout == HASH
+    assert found.packed() == content
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (0, 1, 1), (5, 4, 3, 2, 2**62), (1,) * (2 * MAX_REGIONS + 1)])
+def test_good_layouts_are_accepted(lengths: tuple[int, ...]) -> None:
+    assert parse_layout(pack([LAYOUT_NODE, lengths])) == lengths
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pack([LAYOUT_NODE, []]),
+        pack([LAYOUT_NODE, [0]]),
+        pack([LAYOUT_NODE, [5]]),
+        pack([LAYOUT_NODE, [0, 5]]),
+        pack([LAYOUT_NODE, [5, 0]]),
+        pack([LAYOUT_NODE, [5, 5, 0]]),
+        pack([LAYOUT_NODE, [0, 5, 0, 5]]),
+        pack([LAYOUT_NODE, [-1, 5, 5]]),
+        pack([LAYOUT_NODE, [5, -5]]),
+        pack([LAYOUT_NODE, [5, 2**63]]),
+        pack([LAYOUT_NODE, [2**63, 5]]),
+        pack([LAYOUT_NODE, [5, 5.0]]),
+        pack([LAYOUT_NODE, [True, 5]]),
+        pack([LAYOUT_NODE, [5, HASH]]),
+        pack([LAYOUT_NODE, HASH]),
+        pack([LAYOUT_NODE, [1] * (2 * MAX_REGIONS + 2)]),
+        pack([LAYOUT_NODE]),
+        pack([LAYOUT_NODE, 0, [5, 5]]),
+        pack([CHUNK_LIST_NODE, [5, 5]]),
+        pack([True, [5, 5]]),
+        pack(LAYOUT_NODE),
+        pack([LAYOUT_NODE, [5, 5]]) + b"\0",
+        pack([LAYOUT_NODE, [5, b"x" * MAX_NODE_BYTES]]),
+    ],
+)
+def test_bad_layout_is_refused(data: bytes) -> None:
+    with pytest.raises(Malformed):
+        parse_layout(data)
+
+
 def test_good_chunk_lists_are_accepted() -> None:
     assert parse_chunk_list(pack([CHUNK_LIST_NODE, 0, HASH, [5]])) == ChunkList(0, HASH, (5,))
     assert parse_chunk_list(pack([CHUNK_LIST_NODE, 8, HASH, [2**62]])).level == 8
@@ -319,6 +423,10 @@ def test_any_bytes_are_refused_or_safe(data: bytes) -> None:
         assert all(entry.name not in (b"", b".", b"..") and b"/" not in entry.name for entry in node.entries)
     try:
         assert all(length > 0 for length in parse_chunk_list(data).lengths)
+    except Malformed:
+        pass
+    try:
+        assert all(length > 0 for length in parse_layout(data)[1:])
     except Malformed:
         pass
 

@@ -15,7 +15,13 @@ from typing import Final, TypeVar
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible
 from replicated.chunk.codec import ChunkDamaged, UnknownCodec, decode, hash_chunk
 from replicated.format.canonical import Malformed
-from replicated.format.manifest import ChunkList, DirectoryNode, parse_chunk_list, parse_directory
+from replicated.format.manifest import (
+    ChunkList,
+    DirectoryNode,
+    parse_chunk_list,
+    parse_directory,
+    parse_layout,
+)
 from replicated.index import Index, Location
 from replicated.packer import pack_key
 from replicated.store.base import KeyMissing, Store
@@ -112,6 +118,10 @@ class ChunkReader:
     def read_chunk_list(self, node: bytes) -> ChunkList:
         """A node of a file's list of chunks, parsed; raises as `read_many`."""
         return self._parse(node, self.read(node), parse_chunk_list)
+
+    def read_layout(self, node: bytes) -> tuple[int, ...]:
+        """The lengths in the layout of a gathered file; raises as `read_many`."""
+        return self._parse(node, self.read(node), parse_layout)
 
     def locate(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Location]:
         """Where these different chunks lie; raises `RepositoryDamaged` when one is in no index."""

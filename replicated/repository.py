@@ -215,6 +215,10 @@ class Repository:
         """A node of a file's list of chunks, parsed."""
         return self._reader.read_chunk_list(node_id)
 
+    def read_layout(self, node_id: bytes) -> tuple[int, ...]:
+        """The lengths in the layout of a gathered file: gap, region, gap, …"""
+        return self._reader.read_layout(node_id)
+
     def read_chunk(self, chunk_id: bytes) -> bytes:
         """The plain bytes of a chunk, verified by hash."""
         return self._reader.read(chunk_id)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from replicate import wire
 from replicate._pb import daemon_pb2 as pb
+from replicate.config import RUNGS
 from replicate.errors import InvalidArgument
 from replicate.ids import ExperimentId, is_id
 from replicated.admission import DEFAULT_QUEUE_BYTES, DEFAULT_SPOOL_BYTES, Bounds
@@ -19,7 +20,6 @@ from replicated.intake import Terms
 from replicated.journal import Job
 from replicated.mount.registry import MountInfo
 from replicated.snapshot.capture import CaptureRequest
-from replicated.snapshot.freeze import RUNGS
 from replicated.usage import Usage
 
 #: A century: what is more is a mistake, and must not overflow the sum.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from replicate import notices
-from replicate.config import ProjectConfig
+from replicate.config import RUNG_VARIABLE, RUNGS, ProjectConfig
 from replicate.errors import CaptureFailed, InvalidArgument, PathMissing, ReplicateError
 from replicate.lazy import LazyModule
 from replicate.mappings import find_shared_mappings
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 else:
     wire = LazyModule("replicate.wire")
     pb = LazyModule("replicate._pb.daemon_pb2")
-
-#: For debugging: the only way in which files are to be frozen.
-RUNG_VARIABLE = "REPLICATE_CAPTURE_RUNG"
-RUNGS = ("lease", "reflink", "memory", "copy")
 
 
 def encode_capture(project: ProjectConfig, paths: Sequence[str], ignore: Sequence[str]) -> pb.Capture:

@@ -28,6 +28,10 @@ RepositoryOrigin = Literal["argument", "environment", "config", "default"]
 CONFIG_NAMES = ("replicate.yaml", "replicate.yml")
 CONFIG_KEYS = ("repository", "capture", "ignore", "queue_limit", "spool_limit", "upload_limit")
 CAPTURE_MODES: tuple[CaptureMode, ...] = ("auto", "copy")
+#: The ways to freeze a file, first the one that is tried first, that can be insisted on.
+RUNGS = ("lease", "reflink", "memory", "copy")
+#: For debugging, tests and benchmarks: the only rung in which this process has files frozen.
+RUNG_VARIABLE = "REPLICATE_CAPTURE_RUNG"
 DEFAULT_REPOSITORY = "file://.replicate"
 _SCHEMES = ("file://", "s3://", "gs://")
 _YAML_TAG = "tag:yaml.org,2002:"

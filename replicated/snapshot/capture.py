@@ -23,10 +23,11 @@ from typing import Final
 import msgpack
 from blake3 import blake3
 
+from replicate.config import RUNG_VARIABLE
 from replicate.errors import CaptureFailed, PathMissing
 from replicated.snapshot import file_systems
 from replicated.snapshot.entries import Header, SameTree, pack_header, pack_same_tree
-from replicated.snapshot.freeze import RUNG_VARIABLE, RUNGS, Freezer
+from replicated.snapshot.freeze import Freezer
 from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.ignore import IgnoreRules
 from replicated.snapshot.pending import Pending
@@ -54,7 +55,7 @@ class CaptureRequest:
     durable: bool = False
     #: Relative paths of files that are mapped for writing: their times do not tell of changes.
     mapped: frozenset[bytes] = frozenset()
-    #: One of `freeze.RUNGS`: capture all files that way or fail; empty for the first that can be had.
+    #: One of `config.RUNGS`: capture all files that way or fail; empty for the first that can be had.
     rung: str = ""
 
 
@@ -111,19 +112,16 @@ class Capturer:
         The repository's own directory is skipped. Raises `PathMissing`, `ChangedWhileReading` or
         `CaptureFailed` naming the file; then nothing is left.
         """
-        rung = request.rung or os.environ.get(RUNG_VARIABLE, "")
-        if rung == "lease" and request.durable:
+        if request.rung == "lease" and request.durable:
             raise CaptureFailed(
                 "`capture: copy` takes no leases, and nothing else is allowed", hint=f"unset {RUNG_VARIABLE}"
             )
-        if rung and rung not in RUNGS:
-            raise CaptureFailed(f"no way to capture files: {rung}", hint=f"one of {', '.join(RUNGS)}")
         selection = Selection.of(request.paths)
         skipped = self._private.union(_identities([repository_directory] if repository_directory else []))
         # What a daemon that died, or a request that was given up, may have left.
         self.forget(request.identifier)
         try:
-            capture = _Capture(self, request, rung, selection, skipped, None if rung else cache)
+            capture = _Capture(self, request, selection, skipped, None if request.rung else cache)
             captured = capture.run()
             if captured.has_spool and (request.durable or not self._spill.is_reserved(request.identifier)):
                 self.finish(request.identifier)
@@ -175,19 +173,17 @@ class _Capture:
         self,
         capturer: Capturer,
         request: CaptureRequest,
-        rung: str,
         selection: Selection,
         skipped: frozenset[tuple[int, int]],
         cache: TreeCache | None,
     ) -> None:
         self._capturer = capturer
         self._request = request
-        self._rung = rung
         self._selection = selection
         self._skipped = skipped
         self._cache = cache
         #: Whether files whose stat is the same are the same.
-        self._may_share = not rung
+        self._may_share = not request.rung
         self._spool = SnapshotSpool(capturer._spool, request.identifier)
         self._entries = EntriesWriter(self._spool)
 
@@ -260,7 +256,7 @@ class _Capture:
             capturer._spill,
             capturer._held,
             is_durable=request.durable,
-            rung=self._rung,
+            rung=request.rung,
             no_reflink=capturer._no_reflink,
         )
         walk = Walk(

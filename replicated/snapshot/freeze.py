@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable
 from typing import Final
 
+from replicate.config import RUNG_VARIABLE
 from replicate.errors import CaptureFailed
 from replicated.snapshot import duplicate
 from replicated.snapshot.entries import HELD, PACKED, SPOOLED, PlainRow, Source
@@ -23,10 +24,6 @@ from replicated.snapshot.spool import PACKED_FILE, SnapshotSpool
 
 #: Up to here a file is read into the packed file: a spool file of its own costs ten times as much.
 SMALL_FILE_BYTES: Final = 1 << 20
-#: The rungs that `CaptureRequest.rung` can insist on.
-RUNGS: Final = ("lease", "reflink", "memory", "copy")
-#: Insists on a rung for all captures, for benchmarks and tests.
-RUNG_VARIABLE: Final = "REPLICATE_CAPTURE_RUNG"
 
 #: Never follow a link, and never wait for the writer of a pipe.
 OPEN_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -243,12 +243,6 @@ class HeldFiles:
             raise CaptureFailed(f"the copy of a file has vanished from the spool: {held_name(number)}")
         return OpenedHeld(os.open(path, os.O_RDONLY | os.O_CLOEXEC), None)
 
-    def lost(self, snapshot: str) -> str:
-        """Why a file of the snapshot is lost; empty when none is."""
-        with self._lock:
-            files = self._holdings.of_snapshot(snapshot)
-        return next((held.lost for held in files.values() if held.lost), "")
-
     def release(self, snapshot: str, number: int | None = None) -> None:
         """A file, or every file, of the snapshot is stored or not wanted; harmless when it is not held.
 
@@ -344,7 +338,7 @@ class HeldFiles:
         """Have all files of a snapshot in its spool, so that they survive the end of the daemon.
 
         Raises OSError when that cannot be; what was not copied is then held as before. Lost files are passed
-        over: see `lost`.
+        over: `open` says why.
         """
         with self._lock:
             files = self._holdings.of_snapshot(snapshot)

@@ -191,7 +191,6 @@ def test_without_room_for_the_copy_the_writer_goes_on_and_the_file_is_lost(mount
     write(path)
     with pytest.raises(CaptureFailed, match="No space left on device"):
         held.open("a", 0)
-    assert "No space left on device" in held.lost("a")
     assert (held.count, held.size_bytes) == (0, 0)
     assert os.listdir(spool / "a") == []
     held.release("a")
@@ -205,7 +204,7 @@ def test_without_room_a_file_cannot_be_secured_and_stays_held(mount, make_held, 
     with pytest.raises(OSError, match="No space left on device"):
         held.secure("a")
     assert held.count == 1
-    assert held.lost("a") == ""
+    os.close(held.open("a", 0).descriptor)
 
 
 def test_a_file_is_copied_between_file_systems_of_different_kinds(mount, make_held):

@@ -29,12 +29,16 @@ from replicated.store.base import KeyMissing, Store
 INDEX_PREFIX: Final = "index/"
 #: "RPLX".
 APPLICATION_ID: Final = 0x52504C58
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 _SCHEMA = """
 CREATE TABLE packs (
     number INTEGER PRIMARY KEY,
     name BLOB NOT NULL UNIQUE
+);
+CREATE TABLE bases (
+    number INTEGER PRIMARY KEY,
+    id BLOB NOT NULL UNIQUE
 );
 CREATE TABLE chunks (
     id BLOB PRIMARY KEY,
@@ -43,7 +47,9 @@ CREATE TABLE chunks (
     offset INTEGER NOT NULL,
     stored_length INTEGER NOT NULL,
     plain_length INTEGER NOT NULL,
-    codec INTEGER NOT NULL
+    codec INTEGER NOT NULL,
+    -- A number in `bases`; 0: the chunk stands on its own.
+    base INTEGER NOT NULL
 ) WITHOUT ROWID;
 -- The index objects whose records are all in `chunks`.
 CREATE TABLE objects (
@@ -54,6 +60,20 @@ CREATE TABLE identity (
     generation INTEGER NOT NULL
 );
 INSERT INTO identity VALUES (random());
+"""
+
+# Of two places the one without a base is kept: it can be read alone, and so two deltas of each other, in
+# two packs, never wait for one another.
+_INSERT_CHUNK = """
+INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET
+    pack = excluded.pack,
+    offset = excluded.offset,
+    stored_length = excluded.stored_length,
+    plain_length = excluded.plain_length,
+    codec = excluded.codec,
+    base = 0
+WHERE base != 0 AND excluded.base = 0
 """
 
 _OBJECT_KEY = re.compile(INDEX_PREFIX + r"([0-9a-f]{64})")
@@ -73,6 +93,8 @@ class Location(NamedTuple):
     stored_length: int
     plain_length: int
     codec: int
+    #: As in format.pack.Record.
+    base: bytes
 
 
 class Index:
@@ -186,15 +208,14 @@ class Index:
     def _insert(self, object_name: str, listings: Sequence[PackListing]) -> None:
         with self._connection as connection:
             for listing in listings:
-                connection.execute("INSERT OR IGNORE INTO packs (name) VALUES (?)", (listing.name,))
-                (number,) = connection.execute(
-                    "SELECT number FROM packs WHERE name = ?", (listing.name,)
-                ).fetchone()
+                pack = _number(connection, "packs", "name", listing.name)
+                bases = {record.base for record in listing.records} - {b""}
+                base_numbers = {base: _number(connection, "bases", "id", base) for base in sorted(bases)}
                 connection.executemany(
-                    "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?, ?, ?)",
+                    _INSERT_CHUNK,
                     (
-                        (record.chunk_id, number, *record[1:])
-                        for record in sorted(listing.records)  # in the order of the table: twice as fast
+                        (chunk_id, pack, *place, base_numbers.get(base, 0))
+                        for chunk_id, *place, base in sorted(listing.records)  # in the table's order: faster
                     ),
                 )
             connection.execute("INSERT OR IGNORE INTO objects VALUES (?)", (bytes.fromhex(object_name),))
@@ -204,8 +225,9 @@ class Index:
         for batch in _batches(wanted):
             marks = ",".join("?" * len(batch))
             rows = self._connection.execute(
-                "SELECT id, name, offset, stored_length, plain_length, codec "
-                f"FROM chunks JOIN packs ON number = pack WHERE id IN ({marks})",
+                "SELECT chunks.id, name, offset, stored_length, plain_length, codec, coalesce(bases.id, x'') "
+                "FROM chunks JOIN packs ON packs.number = pack LEFT JOIN bases ON bases.number = base "
+                f"WHERE chunks.id IN ({marks})",
                 batch,
             )
             found.update((row[0], Location._make(row[1:])) for row in rows)
@@ -253,6 +275,13 @@ class Index:
             f"cannot use the index cache in {self._files.directory}: {reason}",
             hint="check that there is space and that you may write there",
         )
+
+
+def _number(connection: sqlite3.Connection, table: str, column: str, value: bytes) -> int:
+    """The number of a row of `packs` or `bases`, which is made when there is none."""
+    connection.execute(f"INSERT OR IGNORE INTO {table} ({column}) VALUES (?)", (value,))
+    (number,) = connection.execute(f"SELECT number FROM {table} WHERE {column} = ?", (value,)).fetchone()
+    return int(number)
 
 
 def _batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:

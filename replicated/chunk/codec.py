@@ -15,6 +15,8 @@ from blake3 import blake3
 
 RAW: Final = 0
 ZSTD: Final = 1
+#: Of another chunk, its base.
+DELTA: Final = 3
 
 #: Larger chunks are neither written nor read; it bounds the memory that one chunk can cost.
 MAX_CHUNK_BYTES: Final = 16 << 20

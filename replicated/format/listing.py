@@ -1,7 +1,7 @@
 """Index objects: what several packs hold, so that nobody has to open the packs to find out.
 
-A section a pack, with the same records as in the pack's own end. An index object only repeats what the
-packs say; it is written after them and can be made again from them.
+A section a pack, with the same records and bases as in the pack's own end. An index object only repeats
+what the packs say; it is written after them and can be made again from them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from replicated.format.pack import (
     DATA_PACK,
     MAX_PACK_BYTES,
     RECORD,
+    SHARED_BITS,
     TREE_PACK,
     PackListing,
-    pack_record,
+    pack_records,
     parse_records,
+    split_shared,
 )
 
 INDEX_VERSION: Final = 1
@@ -31,16 +33,17 @@ MAX_INDEX_BYTES: Final = 256 << 20
 
 #: Magic, version, zeros, number of sections.
 INDEX_HEADER: Final = struct.Struct("<8sB3sI")
-#: Pack name, kind, zeros, size of the pack, number of records.
-SECTION: Final = struct.Struct("<32sB3sII")
+#: Pack name, kind with number of bases, size of the pack, number of records.
+SECTION: Final = struct.Struct("<32sIII")
 
 
 def build_index(listings: Sequence[PackListing]) -> bytes:
     """An index object for these packs."""
     parts = [INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, b"", len(listings))]
     for listing in listings:
-        parts.append(SECTION.pack(listing.name, listing.kind, b"", listing.size, len(listing.records)))
-        parts.extend(map(pack_record, listing.records))
+        records, bases = pack_records(listing.records)
+        shared = listing.kind | len(bases) // HASH_BYTES << SHARED_BITS
+        parts += [SECTION.pack(listing.name, shared, listing.size, len(listing.records)), records, bases]
     body = b"".join(parts)
     return body + blake3(body).digest()
 
@@ -62,15 +65,17 @@ def parse_index(data: bytes) -> list[PackListing]:
     for _ in range(section_count):
         if position + SECTION.size > len(body):
             raise Malformed("a section is cut short")
-        name, kind, zeros, pack_size, count = SECTION.unpack_from(body, position)
-        position += SECTION.size
-        end = position + count * RECORD.size
-        if zeros != bytes(3) or kind not in (DATA_PACK, TREE_PACK) or pack_size > MAX_PACK_BYTES:
+        name, shared, pack_size, record_count = SECTION.unpack_from(body, position)
+        kind, base_count = split_shared(shared)
+        start = position + SECTION.size
+        middle = start + record_count * RECORD.size
+        position = middle + base_count * HASH_BYTES
+        if kind not in (DATA_PACK, TREE_PACK) or pack_size > MAX_PACK_BYTES:
             raise Malformed("a section is impossible")
-        if end > len(body):
+        if position > len(body):
             raise Malformed("a section is cut short")
-        listings.append(PackListing(name, kind, pack_size, parse_records(body[position:end], pack_size)))
-        position = end
+        records = parse_records(body[start:middle], body[middle:position], pack_size)
+        listings.append(PackListing(name, kind, pack_size, records))
     if position != len(body):
         raise Malformed("bytes follow the last section")
     return listings

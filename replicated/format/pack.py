@@ -1,21 +1,22 @@
 """Packs: many chunks in one object, each findable without the object's index.
 
-    header | entry header, stored bytes | … | records | footer
+    header | entry header, stored bytes | … | records | bases | footer
 
-The records say where each chunk lies; the same records make up index objects (`format.listing`). A pack
-is written once and never changed. docs/format.md has the bytes; a test compares it with the structs.
+The records say where each chunk lies, and which chunk it needs to be decoded, its base; the same records
+and bases make up index objects (`format.listing`). A pack is written once and never changed.
+docs/format.md has the bytes; a test compares it with the structs.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from blake3 import blake3
 
-from replicated.chunk.codec import HASH_BYTES, MAX_CHUNK_BYTES
+from replicated.chunk.codec import DELTA, HASH_BYTES, MAX_CHUNK_BYTES
 from replicated.format.canonical import Malformed, NewerFormat
 
 PACK_VERSION: Final = 1
@@ -39,12 +40,15 @@ FOOTER_MAGIC: Final = b"REPLPEND"
 HEADER: Final = struct.Struct("<8sBB6s")
 #: Magic, codec, zeros, stored length, plain length, chunk id.
 ENTRY: Final = struct.Struct("<4sB3sII32s")
-#: Chunk id, offset of the stored bytes, stored length, plain length, codec, zeros.
-RECORD: Final = struct.Struct("<32sIIIB3s")
-#: Number of records, zeros, magic, BLAKE3 of the header, the records and the footer before it.
+#: Chunk id, offset of the stored bytes, stored length, plain length, codec with number of the base.
+RECORD: Final = struct.Struct("<32sIIII")
+#: Number of records, number of bases, magic, BLAKE3 of the header, records, bases and the footer before it.
 FOOTER: Final = struct.Struct("<II8s32s")
+#: Numbers that share 32 bits with a codec or a kind are above these.
+SHARED_BITS: Final = 8
 
-_FOOTER_HASHED = FOOTER.size - HASH_BYTES
+_SHARED_MASK: Final = (1 << SHARED_BITS) - 1
+_FOOTER_HASHED: Final = FOOTER.size - HASH_BYTES
 
 
 class Record(NamedTuple):
@@ -56,6 +60,8 @@ class Record(NamedTuple):
     stored_length: int
     plain_length: int
     codec: int
+    #: Id of the chunk without which this one cannot be decoded; empty: it stands on its own.
+    base: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +97,28 @@ class PackBuilder:
         return self._size >= _limit(self.kind) or len(self.records) >= MAX_PACK_CHUNKS
 
     def add(
-        self, chunk_id: bytes, codec: int, stored: bytes | bytearray | memoryview, plain_length: int
+        self,
+        chunk_id: bytes,
+        codec: int,
+        stored: bytes | bytearray | memoryview,
+        plain_length: int,
+        base: bytes = b"",
     ) -> None:
-        """Copy one chunk into the pack."""
+        """Copy one chunk into the pack; `base` as in `Record`."""
         length = len(stored)
         ENTRY.pack_into(self.memory, self._size, ENTRY_MAGIC, codec, b"", length, plain_length, chunk_id)
         offset = self._size + ENTRY.size
         self.memory[offset : offset + length] = stored
         self._size = offset + length
-        self.records.append(Record(chunk_id, offset, length, plain_length, codec))
+        self.records.append(Record(chunk_id, offset, length, plain_length, codec, base))
 
     def seal(self) -> list[bytes | memoryview]:
         """The parts of the object, which borrow the builder; call once."""
-        records = b"".join(map(pack_record, self.records))
-        footer = FOOTER.pack(len(self.records), 0, FOOTER_MAGIC, b"")[:_FOOTER_HASHED]
-        digest = _trailer_hash(bytes(self.memory[: HEADER.size]), records, footer)
-        return [self.memory[: self._size], records, footer, digest]
+        records, bases = pack_records(self.records)
+        base_count = len(bases) // HASH_BYTES
+        footer = FOOTER.pack(len(self.records), base_count, FOOTER_MAGIC, b"")[:_FOOTER_HASHED]
+        digest = _trailer_hash(bytes(self.memory[: HEADER.size]), records + bases, footer)
+        return [self.memory[: self._size], records, bases, footer, digest]
 
 
 def builder_bytes(kind: int) -> int:
@@ -118,25 +130,41 @@ def _limit(kind: int) -> int:
     return DATA_PACK_BYTES if kind == DATA_PACK else TREE_PACK_BYTES
 
 
-def pack_record(record: Record) -> bytes:
-    """The 48 bytes of a record."""
-    return RECORD.pack(*record, b"")
+def pack_records(records: Sequence[Record]) -> tuple[bytes, bytes]:
+    """The bytes of records, one after the other, and of the list of their bases."""
+    numbers: dict[bytes, int] = {b"": 0}
+    packed = [
+        RECORD.pack(*place, codec | numbers.setdefault(base, len(numbers)) << SHARED_BITS)
+        for *place, codec, base in records
+    ]
+    del numbers[b""]
+    return b"".join(packed), b"".join(numbers)
 
 
-def parse_records(data: bytes, pack_size: int) -> tuple[Record, ...]:
-    """Records one after the other, of a pack of this size; raises `Malformed`."""
+def parse_records(data: bytes, bases: bytes, pack_size: int) -> tuple[Record, ...]:
+    """What `pack_records` made of the records of a pack of this size; raises `Malformed`."""
+    base_count = len(bases) // HASH_BYTES
+    by_number = [b"", *(bases[start : start + HASH_BYTES] for start in range(0, len(bases), HASH_BYTES))]
     records = []
-    for chunk_id, offset, stored_length, plain_length, codec, zeros in RECORD.iter_unpack(data):
+    for chunk_id, offset, stored_length, plain_length, shared in RECORD.iter_unpack(data):
+        codec, number = split_shared(shared)
         if (
-            zeros != b"\0\0\0"
-            or plain_length > MAX_CHUNK_BYTES
+            plain_length > MAX_CHUNK_BYTES
             or stored_length > plain_length
             or offset < HEADER.size + ENTRY.size
             or offset + stored_length > pack_size - FOOTER.size
+            or number > base_count
+            # Later codecs may need a base or not.
+            or (codec <= DELTA and (codec == DELTA) != (number > 0))
         ):
             raise Malformed(f"an impossible record of chunk {chunk_id.hex()}")
-        records.append(Record(chunk_id, offset, stored_length, plain_length, codec))
+        records.append(Record(chunk_id, offset, stored_length, plain_length, codec, by_number[number]))
     return tuple(records)
+
+
+def split_shared(value: int) -> tuple[int, int]:
+    """The codec or kind in the low bits of a field, and the number above it."""
+    return value & _SHARED_MASK, value >> SHARED_BITS
 
 
 def parse_header(data: bytes) -> int:
@@ -160,14 +188,15 @@ def parse_pack(name: bytes, data: bytes) -> PackListing:
     if len(data) < HEADER.size + FOOTER.size:
         raise Malformed("it is shorter than a pack's header and footer")
     footer = data[-FOOTER.size :]
-    count, zeros, magic, digest = FOOTER.unpack(footer)
-    start = len(data) - FOOTER.size - count * RECORD.size
-    if magic != FOOTER_MAGIC or zeros != 0 or start < HEADER.size:
+    record_count, base_count, magic, digest = FOOTER.unpack(footer)
+    end = len(data) - FOOTER.size
+    middle = end - base_count * HASH_BYTES
+    start = middle - record_count * RECORD.size
+    if magic != FOOTER_MAGIC or start < HEADER.size:
         raise Malformed("it does not end like a pack")
-    packed = data[start : -FOOTER.size]
-    if _trailer_hash(data[: HEADER.size], packed, footer[:_FOOTER_HASHED]) != digest:
+    if _trailer_hash(data[: HEADER.size], data[start:end], footer[:_FOOTER_HASHED]) != digest:
         raise Malformed("the hash of its records is wrong")
-    return PackListing(name, kind, len(data), parse_records(packed, len(data)))
+    return PackListing(name, kind, len(data), parse_records(data[start:middle], data[middle:end], len(data)))
 
 
 def scan_pack(data: bytes) -> Iterator[Record]:
@@ -182,15 +211,17 @@ def scan_pack(data: bytes) -> Iterator[Record]:
         magic, codec, zeros, stored_length, plain_length, chunk_id = ENTRY.unpack_from(data, position)
         offset = position + ENTRY.size
         position = offset + stored_length
+        # A delta begins with the id of its base.
+        base = data[offset : offset + HASH_BYTES] if codec == DELTA else b""
         if (
             magic != ENTRY_MAGIC
             or zeros != bytes(3)
-            or not stored_length <= plain_length <= MAX_CHUNK_BYTES
+            or not len(base) <= stored_length <= plain_length <= MAX_CHUNK_BYTES
             or position > len(data)
         ):
             return
-        yield Record(chunk_id, offset, stored_length, plain_length, codec)
+        yield Record(chunk_id, offset, stored_length, plain_length, codec, base)
 
 
-def _trailer_hash(header: bytes, records: bytes, footer: bytes) -> bytes:
-    return blake3(header).update(records).update(footer).digest()
+def _trailer_hash(header: bytes, records_and_bases: bytes, footer: bytes) -> bytes:
+    return blake3(header).update(records_and_bases).update(footer).digest()

@@ -28,14 +28,28 @@ END = "<!-- end of pack dump -->\n"
 
 #: One hundred letters `a`: magic, single segment with a size of one byte, one block of run-length kind.
 RUN = bytes.fromhex("28b52ffd 20 64 230300 61")
+#: What makes 99 letters `a` and a `b` of those: 99 zeros, a block of run-length kind, and a 3, a raw block.
+DIFFERENCE = bytes.fromhex("28b52ffd 20 64 1a0300 00 090000 03")
+LETTERS = b"a" * 100
+BASE = blake3(LETTERS).digest()
+#: The base, width 1, plane 0 is a frame, its length, the frame.
+DELTA = BASE + bytes.fromhex("01 01 0e000000") + DIFFERENCE
 
 
 def make_pack() -> bytes:
     builder = pack.PackBuilder(pack.DATA_PACK)
-    for plain, kind, stored in ((b"hello\n", codec.RAW, b"hello\n"), (b"a" * 100, codec.ZSTD, RUN)):
-        assert codec.decode(kind, stored, len(plain)) == plain
-        builder.add(codec.hash_chunk(plain), kind, stored, len(plain))
+    for plain, kind, stored, base_id in (
+        (b"hello\n", codec.RAW, b"hello\n", b""),
+        (LETTERS, codec.ZSTD, RUN, b""),
+        (b"a" * 99 + b"b", codec.DELTA, DELTA, BASE),
+    ):
+        if not base_id:
+            assert codec.decode(kind, stored, len(plain)) == plain
+        builder.add(codec.hash_chunk(plain), kind, stored, len(plain), base_id)
     return b"".join(builder.seal())
+
+
+CODECS = {codec.RAW: "plain", codec.ZSTD: "zstd", codec.DELTA: "delta"}
 
 
 def annotate(data: bytes) -> str:
@@ -45,7 +59,7 @@ def annotate(data: bytes) -> str:
     for record in listed.records:
         fields += [
             (4, 'magic "CHNK"'),
-            (1, f"codec: {('plain', 'zstd')[record.codec]}"),
+            (1, f"codec: {CODECS[record.codec]}"),
             (3, "zeros"),
             (4, f"stored length: {record.stored_length}"),
             (4, f"plain length: {record.plain_length}"),
@@ -58,10 +72,15 @@ def annotate(data: bytes) -> str:
             (4, f"offset: {record.offset}"),
             (4, f"stored length: {record.stored_length}"),
             (4, f"plain length: {record.plain_length}"),
-            (1, "codec"),
-            (3, "zeros"),
+            (4, f"codec: {CODECS[record.codec]}, {'base 1' if record.base else 'no base'}"),
         ]
-    fields += [(4, "number of records"), (4, "zero"), (8, 'magic "REPLPEND"'), (32, "hash")]
+    fields += [
+        (32, "base 1"),
+        (4, "number of records"),
+        (4, "number of bases"),
+        (8, 'magic "REPLPEND"'),
+        (32, "hash"),
+    ]
     lines = []
     position = 0
     for size, meaning in fields:
@@ -85,9 +104,10 @@ def test_example_in_the_document_is_a_pack() -> None:
     lines = rest.partition(END)[0].splitlines()[1:-1]
     data = bytes.fromhex("".join(line[6:53] for line in lines))
     records = pack.parse_pack(bytes(32), data).records
-    assert [record.chunk_id for record in records] == [
-        blake3(b"hello\n").digest(),
-        blake3(b"a" * 100).digest(),
+    assert [(record.chunk_id, record.codec, record.base) for record in records] == [
+        (blake3(b"hello\n").digest(), 0, b""),
+        (blake3(b"a" * 100).digest(), 1, b""),
+        (blake3(b"a" * 99 + b"b").digest(), 3, blake3(b"a" * 100).digest()),
     ]
 
 

@@ -8,25 +8,22 @@ error. Invariant: a row that is loaded is, byte for byte, a row that was stored.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import msgpack
 from blake3 import blake3
 
-from replicated.cache_files import CacheFiles
+from replicated.cache_files import Cache, CacheFiles
 from replicated.format.manifest import RootNode
 from replicated.snapshot.entries import PlainRow, pack_root, pack_rows, unpack_root
-from replicated.sqlite import DatabaseUnusable
 
 #: "RPLT".
 APPLICATION_ID: Final = 0x52504C54
@@ -75,14 +72,8 @@ _BATCH_BYTES = 4 << 20
 _BATCH_ROWS = 1000
 #: A capture waits for its answer; a directory that is listed anew costs less than this.
 _BUSY_TIMEOUT_S = 1.0
-#: So that a capture of many directories does not try to open it for each of them.
-_RETRY_S = 5.0
 _DAY_NS = 86_400 * 10**9
 _MAX_STALE = 1 << 14
-
-_log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class CachedDirectory(NamedTuple):
@@ -115,7 +106,7 @@ class CachedTree(NamedTuple):
 
 
 class TreeCache:
-    """The cache of one repository; see the module's text. One connection behind one lock.
+    """The cache of one repository; see the module's text.
 
     Any method may be called from any thread, also after `close`: then nothing is found or kept.
     """
@@ -130,7 +121,7 @@ class TreeCache:
     ) -> None:
         # A copy of a repository has its id but not its chunks, hence the URL.
         prefix = f"{repository_id[:16]}-{blake3(url.encode()).hexdigest()[:16]}-"
-        self._files = CacheFiles(
+        files = CacheFiles(
             directory,
             prefix,
             application_id=APPLICATION_ID,
@@ -138,30 +129,18 @@ class TreeCache:
             schema=_SCHEMA,
             busy_timeout_s=_BUSY_TIMEOUT_S,
         )
+        self._cache = Cache(files, "tree cache")
         self._clock = clock
-        self._lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-        #: Of the open file: somebody may delete it, or make another one.
-        self._number = 0
-        self._identity: tuple[int, int] | None = None
-        self._is_closed = False
-        #: On the monotonic clock: when a file that could not be opened or read is tried again.
-        self._retry_at = 0.0
-        #: Paths that were loaded and whose day is to be written.
+        #: Paths that were loaded and whose day is to be written; belongs to who has the connection.
         self._stale: set[bytes] = set()
 
     def load(self, path: bytes) -> CachedDirectory | None:
         """What is known of the directory at this absolute path."""
-        with self._lock:
-            if self._connection is None:
-                self._reopen()
-            return self._attempt("read", lambda connection: self._load(connection, path))
+        return self._cache.read(lambda connection: self._load(connection, path), is_next=True)
 
     def load_tree(self, key: bytes) -> CachedTree | None:
         """The tree that was stored last under this key."""
-        with self._lock:
-            self._reopen()
-            return self._attempt("read", lambda connection: _load_tree(connection, key))
+        return self._cache.read(lambda connection: _load_tree(connection, key))
 
     def store(
         self,
@@ -173,27 +152,21 @@ class TreeCache:
         In several transactions if they are many; others may see, and trouble may leave, some of them.
         """
         today = self._today()
-        with self._lock:
-            self._reopen()
         for batch in _batches(directories):
             columns = (_columns(path, directory, today) for path, directory in batch)
-            if not self._write(partial(_insert, directories=columns)):
+            if not self._cache.write(partial(_insert, directories=columns)):
                 return
-        self._write(lambda connection: self._insert_last(connection, tree, today))
+        self._cache.write(lambda connection: self._insert_last(connection, tree, today))
 
     def prune(self, now_ns: int) -> None:
         """Forget what nobody has asked for in `KEPT_DAYS` days."""
         oldest = now_ns // _DAY_NS - KEPT_DAYS
-        with self._lock:
-            self._reopen()
-        while self._write(lambda connection: _delete(connection, oldest)):
+        while self._cache.write(lambda connection: _delete(connection, oldest)):
             pass
 
     def close(self) -> None:
         """Close the file; may be called twice."""
-        with self._lock:
-            self._is_closed = True
-            self._disconnect()
+        self._cache.close()
 
     def _load(self, connection: sqlite3.Connection, path: bytes) -> CachedDirectory | None:
         found = connection.execute(
@@ -225,73 +198,8 @@ class TreeCache:
             )
         return True
 
-    def _write(self, action: Callable[[sqlite3.Connection], bool]) -> bool:
-        """Do `action` in a transaction; False when it said so or failed."""
-
-        def transact(connection: sqlite3.Connection) -> bool:
-            with connection:
-                return action(connection)
-
-        with self._lock:
-            return bool(self._attempt("write", transact))
-
     def _today(self) -> int:
         return self._clock() // _DAY_NS
-
-    # What follows is called with the lock held.
-
-    def _attempt(self, verb: str, action: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Do `action`; None when it fails. A damaged file is replaced by an empty one."""
-        if self._connection is None:
-            return None
-        try:
-            return action(self._connection)
-        except (sqlite3.Error, OverflowError) as error:
-            # Subclasses say that something else is wrong (locked, disk full): the file is good.
-            if type(error) is sqlite3.DatabaseError:
-                _log.warning(
-                    "the tree cache in %s is damaged and made anew: %s", self._files.directory, error
-                )
-                self._connect(self._number + 1)
-                return None
-            _log.warning("cannot %s the tree cache in %s: %s", verb, self._files.directory, error)
-            if verb == "read":
-                # The next directory would have to wait just as long.
-                self._disconnect()
-                self._retry_at = time.monotonic() + _RETRY_S
-            return None
-
-    def _reopen(self) -> None:
-        """Open the file unless it is open and still the one that others would open."""
-        if self._is_closed or time.monotonic() < self._retry_at:
-            return
-        if self._identity is None or self._identity != _identity(self._files.path(self._number)):
-            self._connect(0)
-
-    def _connect(self, at_least: int) -> None:
-        """Open the newest database, but none older than `at_least`."""
-        self._disconnect()
-        try:
-            self._number, self._connection = self._files.open(at_least)
-            self._identity = _identity(self._files.path(self._number))
-        except (OSError, sqlite3.Error, DatabaseUnusable) as error:
-            _log.warning("cannot open the tree cache in %s: %s", self._files.directory, error)
-            self._disconnect()
-            self._retry_at = time.monotonic() + _RETRY_S
-
-    def _disconnect(self) -> None:
-        self._identity = None
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        info = path.stat()
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
 
 
 def smudge(rows: Sequence[PlainRow], listed_ns: int) -> bytes:

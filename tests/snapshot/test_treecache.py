@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -402,9 +403,10 @@ def test_a_full_disk_keeps_what_was_there(
 ) -> None:
     cache = open_cache()
     cache.store([(b"/a", directory(1))], (b"key", TREE))
-    assert cache._connection is not None
-    (pages,) = cache._connection.execute("PRAGMA page_count").fetchone()
-    cache._connection.execute(f"PRAGMA max_page_count = {pages}")
+    connection = cache._cache._connection
+    assert connection is not None
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
     cache.store(
         ((b"/%d" % number, directory(number, 6000)) for number in range(100)),
         (b"key", TREE._replace(snapshot="c3d4")),
@@ -460,7 +462,7 @@ def test_one_who_keeps_it_locked_costs_one_wait_and_not_one_for_each_directory(
     assert len(warnings(caplog)) == 1
     other.execute("ROLLBACK")
     other.close()
-    monkeypatch.setattr(treecache.time, "monotonic", lambda: float("inf"))
+    monkeypatch.setattr(time, "monotonic", lambda: float("inf"))
     assert cache.load(b"/a") == directory(1)
 
 

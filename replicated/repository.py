@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from replicate.errors import (
     InternalError,
@@ -56,6 +56,31 @@ _ID_NAME = re.compile(r"([0-9a-f]{64})\.json")
 _LOOK_UP_BATCH = 500
 
 T = TypeVar("T")
+
+
+class StoredChunk(NamedTuple):
+    """A chunk, or node of a tree, and how it is stored."""
+
+    id: bytes
+    plain_length: int
+    stored_length: int
+    codec: int
+    #: Whether it is a node of a tree rather than content of a file.
+    is_node: bool
+    #: Id of the chunk without which it cannot be decoded, also of one in no snapshot; empty: there is none.
+    base: bytes
+
+
+class Seen(Protocol):
+    """A set of ids, as `set[bytes]` is one."""
+
+    def __contains__(self, chunk_id: bytes, /) -> bool:
+        """Whether it was added."""
+        ...
+
+    def add(self, chunk_id: bytes, /) -> object:
+        """Add it."""
+        ...
 
 
 class Repository:
@@ -279,31 +304,36 @@ class Repository:
         except (KeyMissing, Malformed, NewerFormat):
             return None
 
-    def iter_chunks(
-        self, snapshot: Snapshot, seen: set[bytes] | None = None
-    ) -> Iterator[tuple[bytes, int, int]]:
-        """(id, plain length, stored length) of every chunk and node of a snapshot, each once.
+    def iter_chunks(self, snapshot: Snapshot, seen: Seen | None = None) -> Iterator[StoredChunk]:
+        """Every chunk and node of a snapshot, each once.
 
         What is in `seen` is left out, with all that lies below it, and what is given is added to it.
         """
-        ids = self._iter_references(snapshot, set() if seen is None else seen)
-        while batch := list(islice(ids, _LOOK_UP_BATCH)):
-            for chunk_id, location in self._reader.locate(batch).items():
-                yield chunk_id, location.plain_length, location.stored_length
+        references = self._iter_references(snapshot, set() if seen is None else seen)
+        while batch := dict(islice(references, _LOOK_UP_BATCH)):
+            for chunk_id, place in self._reader.locate(list(batch)).items():
+                yield StoredChunk(
+                    chunk_id,
+                    place.plain_length,
+                    place.stored_length,
+                    place.codec,
+                    batch[chunk_id],
+                    place.base,
+                )
 
     def total_stored_bytes(self) -> int:
         """Sum of the sizes of all objects in the store."""
         return sum(info.size for info in self._store.list(""))
 
-    def _iter_references(self, snapshot: Snapshot, seen: set[bytes]) -> Iterator[bytes]:
-        """Ids of all nodes and chunks below a snapshot that are not in `seen`, which they are added to."""
+    def _iter_references(self, snapshot: Snapshot, seen: Seen) -> Iterator[tuple[bytes, bool]]:
+        """(id, is node) of all nodes and chunks below a snapshot not in `seen`, which they are added to."""
         directories = [snapshot.root.node]
         while directories:
             node_id = directories.pop()
             if node_id in seen:
                 continue
             seen.add(node_id)
-            yield node_id
+            yield node_id, True
             node = self.read_directory(node_id)
             directories.extend(child.node for child in node.children)
             for entry in node.entries:
@@ -313,12 +343,12 @@ class Repository:
                     content = FileContent.from_entry(entry.size, entry.hash, entry.content)
                     yield from self._iter_content(content, seen)
 
-    def _iter_content(self, content: FileContent, seen: set[bytes]) -> Iterator[bytes]:
+    def _iter_content(self, content: FileContent, seen: Seen) -> Iterator[tuple[bytes, bool]]:
         lists: list[bytes] = []
         ids: list[bytes] = []
         if content.layout and content.layout not in seen:
             seen.add(content.layout)
-            yield content.layout
+            yield content.layout, True
         if content.node:
             lists.append(content.node)
         elif content.size:
@@ -327,11 +357,11 @@ class Repository:
             for chunk_id in ids:
                 if chunk_id not in seen:
                     seen.add(chunk_id)
-                    yield chunk_id
+                    yield chunk_id, False
             ids = []
             if lists and (node_id := lists.pop()) not in seen:
                 seen.add(node_id)
-                yield node_id
+                yield node_id, True
                 node = self.read_chunk_list(node_id)
                 (ids if node.level == 0 else lists).extend(node.split_ids())
 

@@ -55,7 +55,7 @@ class Reading:
             (lambda: repository.load_edit(EXPERIMENT.id, EDIT_ID), EDIT),
             (lambda: repository.load_snapshot(self._snapshot.id), self._snapshot),
             (lambda: self._load(repository, self._snapshot.id), FILES),
-            (lambda: {size for _, size, _ in repository.iter_chunks(self._snapshot)} > {1, 256}, True),
+            (lambda: {c.plain_length for c in repository.iter_chunks(self._snapshot)} > {1, 256}, True),
         ]
         for read, expected in parts:
             try:
@@ -145,7 +145,7 @@ def test_every_byte_of_the_stored_chunks_matters(
     """With the index already known, so that nothing but the chunks is read."""
     caplog.set_level(logging.CRITICAL)
     opened = Repository.open(repository.url, cache=tmp_path / "known", create=False)
-    places = opened.index.locate([chunk_id for chunk_id, _, _ in opened.iter_chunks(snapshot)])
+    places = opened.index.locate([chunk.id for chunk in opened.iter_chunks(snapshot)])
     for chunk_id, place in places.items():
         key = f"packs/{place.pack.hex()[:2]}/{place.pack.hex()}"
         good = opened.store.get(key)

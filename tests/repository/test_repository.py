@@ -18,6 +18,7 @@ from replicate.errors import (
 )
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId, new_id
 from replicate.records import CheckpointRecord, ExperimentRecord
+from replicated.chunk.codec import RAW, hash_chunk
 from replicated.format.canonical import seal, unseal
 from replicated.format.manifest import RootNode
 from replicated.format.metadata import EndEdit, Heartbeat, ResumeEdit, Snapshot
@@ -254,11 +255,14 @@ def test_every_chunk_of_a_snapshot_is_counted_once(repository: Repository, save:
     files = {"a/one": b"same" * 100, "a/two": b"same" * 100, "b": bytes(range(256)) * 8000, "empty": b""}
     snapshot = save(repository, files)
     chunks = list(repository.iter_chunks(snapshot))
-    assert len({chunk_id for chunk_id, _, _ in chunks}) == len(chunks)
-    for chunk_id, plain_length, stored_length in chunks:
-        assert len(repository.read_chunk(chunk_id)) == plain_length >= stored_length
-    unique = sum(len(content) for content in set(files.values()))
-    assert sum(plain for _, plain, _ in chunks) > unique, "nodes count as well"
+    assert len({chunk.id for chunk in chunks}) == len(chunks)
+    for chunk in chunks:
+        assert len(repository.read_chunk(chunk.id)) == chunk.plain_length >= chunk.stored_length
+        assert (chunk.stored_length < chunk.plain_length) == (chunk.codec != RAW)
+    nodes = [chunk.id for chunk in chunks if chunk.is_node]
+    assert nodes[0] == snapshot.root.node
+    assert len(nodes) == 2
+    assert hash_chunk(files["a/one"]) in {chunk.id for chunk in chunks if not chunk.is_node}
     seen: set[bytes] = set()
     assert len(list(repository.iter_chunks(snapshot, seen))) == len(chunks)
     assert list(repository.iter_chunks(snapshot, seen)) == []

@@ -16,14 +16,14 @@ from typing import Final, NamedTuple, TypeAlias
 
 from blake3 import blake3
 
-from replicated.chunk.containers import npy, safetensors
-from replicated.chunk.containers.source import Extent, Malformed, Source
+from replicated.chunk.containers import hdf5, npy, safetensors, zip_archive
+from replicated.chunk.containers.source import MIN_EXTENT_BYTES, Extent, Malformed, Source
 
 #: (offset, length) → those bytes, fewer only at the end of the file; what it raises passes through.
 ReadAt: TypeAlias = Callable[[int, int], bytes]
 
 #: Shorter tensors stay in the gaps between the longer ones: a chunk of their own costs more than it saves.
-MIN_REGION_BYTES: Final = 4096
+MIN_REGION_BYTES: Final = MIN_EXTENT_BYTES
 #: Regions are cut into pieces of this length, counted from their starts.
 PIECE_BYTES: Final = 1 << 20
 MAX_REGIONS: Final = 1 << 16
@@ -33,6 +33,8 @@ MAX_GAP_BYTES: Final = 4 << 20
 _MIN_MEAN_REGION_BYTES = 16 << 10
 
 _CONTAINERS: Final = (
+    ("zip", zip_archive.begins, zip_archive.find_extents),
+    ("hdf5", hdf5.begins, hdf5.find_extents),
     ("npy", npy.begins, npy.find_extents),
     ("safetensors", safetensors.begins, safetensors.find_extents),
 )
@@ -114,8 +116,8 @@ def find_layout(size: int, head: bytes, read_at: ReadAt) -> Layout | None:
                 regions = _find_regions(find_extents(Source(size, head, read_at), 0, size), size)
             except Malformed:
                 return None
-            gap_bytes = size - sum(region.size for region in regions)
-            is_worth_it = 0 < gap_bytes <= MAX_GAP_BYTES
+            region_bytes = sum(region.size for region in regions)
+            is_worth_it = 0 < size - region_bytes <= min(MAX_GAP_BYTES, region_bytes)
             return Layout(kind, size, regions) if is_worth_it else None
     return None
 

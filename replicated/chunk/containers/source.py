@@ -8,9 +8,12 @@ checked here, once, and nowhere else. The containers call it; `replicated.chunk.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+#: Shorter extents are not wanted: nobody has to look what they are.
+MIN_EXTENT_BYTES: Final = 4096
 #: Four times the gaps of a file worth it, to which all that is looked at belongs.
 MAX_LOOKED_AT_BYTES: Final = 16 << 20
 #: Calls of `read_at`: one for each of the most regions that a layout has, and as many for what leads there.
@@ -23,6 +26,13 @@ _LEAST_COST_BYTES = 64
 
 class Malformed(Exception):
     """The file is not what its beginning promised, or not worth the looking."""
+
+
+def unpack(form: struct.Struct, data: bytes, offset: int = 0) -> tuple[int, ...]:
+    """The numbers at `offset` of bytes that may be too few for them; raises `Malformed`."""
+    if len(data) < offset + form.size:
+        raise Malformed(f"{len(data)} bytes instead of {offset + form.size}")
+    return form.unpack_from(data, offset)
 
 
 class Extent(NamedTuple):

@@ -27,8 +27,9 @@ SEAL_LENGTH = 82
 ID = re.compile(r"[0-9a-f]{64}")
 
 INDEX_HEADER = struct.Struct("<8sB3sI")  # magic, version, zeros, number of sections
-SECTION = struct.Struct("<32sB3sII")  # pack, kind, zeros, size of the pack, number of records
-RECORD = struct.Struct("<32sIIIB3s")  # chunk, offset, stored length, plain length, codec, zeros
+SECTION = struct.Struct("<32sIII")  # pack, kind and number of bases, size of the pack, number of records
+RECORD = struct.Struct("<32sIIII")  # chunk, offset, stored length, plain length, codec and number of the base
+RAW, ZSTD, PLANES, DELTA = range(4)
 
 
 class Damaged(Exception):
@@ -61,13 +62,49 @@ def read_index(path):
     require((magic, version) == (b"REPLINDX", 1), f"{path} is not an index object of version 1")
     position = INDEX_HEADER.size
     for _ in range(sections):
-        pack, _, _, _, count = SECTION.unpack_from(body, position)
+        pack, kind, _, count = SECTION.unpack_from(body, position)
         position += SECTION.size
         for _ in range(count):
-            chunk, offset, stored, plain, codec, _ = RECORD.unpack_from(body, position)
+            chunk, offset, stored, plain, codec = RECORD.unpack_from(body, position)
             position += RECORD.size
-            yield chunk, (pack.hex(), offset, stored, plain, codec)
+            yield chunk, (pack.hex(), offset, stored, plain, codec & 0xFF)
+        # The bases: what a chunk needs stands before its stored bytes as well.
+        position += 32 * (kind >> 8)
     require(position == len(body), f"{path} has bytes after its last section")
+
+
+def open_frame(frame, length):
+    """What a zstd frame of so many plain bytes holds."""
+    parameters = zstandard.get_frame_parameters(frame)
+    # Checked first: the decompressor allocates what the frame declares.
+    require(parameters.content_size == length, "a frame holds another number of bytes than it should")
+    require(parameters.window_size <= MAX_CHUNK_BYTES, "a frame needs too much memory")
+    return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+
+
+def join_planes(stored, length, widths):
+    """The bytes whose planes are stored."""
+    width, flags = stored[:2]
+    require(width in widths and flags < 1 << width, f"planes {flags:#x} of numbers of {width} bytes")
+    count, frames = length // width, bin(flags).count("1")
+    compressed = iter(struct.unpack_from(f"<{frames}I", stored, 2))
+    position = 2 + 4 * frames
+    plain = bytearray(length)
+    for plane in range(width):
+        is_frame = flags >> plane & 1
+        end = position + (next(compressed) if is_frame else count)
+        data = open_frame(stored[position:end], count) if is_frame else stored[position:end]
+        require(len(data) == count, "the planes of a chunk do not fit its length")
+        plain[plane : count * width : width] = data
+        position = end
+    require(len(stored) - position == length % width, "the planes of a chunk do not fit its length")
+    plain[count * width :] = stored[position:]
+    return bytes(plain)
+
+
+def xor(first, second):
+    number = int.from_bytes(first, "little") ^ int.from_bytes(second, "little")
+    return number.to_bytes(len(first), "little")
 
 
 class Repository:
@@ -80,24 +117,30 @@ class Repository:
         self.chunks = {}
         for path in sorted(self.root.glob("index/*")):
             if ID.fullmatch(path.name):
-                self.chunks.update(read_index(path))
+                for chunk, place in read_index(path):
+                    # Rather where it has no base: two chunks may each be a difference to the other somewhere.
+                    if chunk not in self.chunks or place[-1] != DELTA:
+                        self.chunks[chunk] = place
 
-    def read_chunk(self, chunk):
+    def read_chunk(self, chunk, is_base=False):
         """The plain bytes of a chunk or node."""
         require(chunk in self.chunks, f"chunk {chunk.hex()} is in no index object")
         pack, offset, stored_length, plain_length, codec = self.chunks[chunk]
+        require(codec <= DELTA, f"chunk {chunk.hex()} has the unknown codec {codec}")
+        require(codec != DELTA or not is_base, f"the base {chunk.hex()} has a base")
         require(plain_length <= MAX_CHUNK_BYTES, f"chunk {chunk.hex()} is too large")
         with (self.root / "packs" / pack[:2] / pack).open("rb") as file:
             file.seek(offset)
             stored = file.read(stored_length)
         plain = stored
-        if codec != 0:
-            require(codec == 1, f"chunk {chunk.hex()} has the unknown codec {codec}")
-            frame = zstandard.get_frame_parameters(stored)
-            # Checked first: the decompressor allocates what the frame declares.
-            require(frame.content_size == plain_length, f"chunk {chunk.hex()} has another length")
-            require(frame.window_size <= MAX_CHUNK_BYTES, f"chunk {chunk.hex()} needs too much memory")
-            plain = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
+        if codec == ZSTD:
+            plain = open_frame(stored, plain_length)
+        elif codec == PLANES:
+            plain = join_planes(stored, plain_length, (2, 4, 8))
+        elif codec == DELTA:
+            base = self.read_chunk(stored[:32], is_base=True)
+            require(len(base) == plain_length, f"chunk {chunk.hex()} has a base of another length")
+            plain = xor(join_planes(stored[32:], plain_length, (1, 2, 4, 8)), base)
         require(blake3(plain).digest() == chunk, f"chunk {chunk.hex()} in pack {pack} is damaged")
         return plain
 

@@ -3,22 +3,28 @@
 import ast
 import os
 import random
+import runpy
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 from blake3 import blake3
 
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId, new_id
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
+from replicated.chunk.codec import DELTA, PLANES, RAW, Encoded, encode, encode_delta, hash_chunk
 from replicated.format.canonical import pack
+from replicated.format.listing import build_index
 from replicated.format.manifest import RootNode, TreeEntry
 from replicated.format.metadata import Snapshot
-from replicated.format.pack import TREE_PACK
-from replicated.packer import Packer, WriteStats
+from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing
+from replicated.index import INDEX_PREFIX
+from replicated.packer import Chunk, Packer, WriteStats, pack_key
 from replicated.repository import Repository
 from replicated.tree import open_tree
 
@@ -81,6 +87,73 @@ def test_extracted_files_are_those_of_the_tree(repository: Repository, tmp_path:
                 assert file.read() == tree.reader(node).pread(0, node.size)
 
 
+def store_chunk(repository: Repository, plain: bytes, encoded: Encoded) -> None:
+    """Store a chunk as it is encoded, whatever that holds, in a pack and an index object of its own."""
+    builder = PackBuilder(DATA_PACK)
+    builder.add(hash_chunk(plain), encoded.codec, encoded.stored, len(plain), encoded.base)
+    parts = builder.seal()
+    name = blake3(b"".join(parts)).digest()
+    repository.store.put(pack_key(name), parts)
+    listing = PackListing(name, DATA_PACK, sum(map(len, parts)), tuple(builder.records))
+    repository.store.put(INDEX_PREFIX + name.hex(), [build_index([listing])])
+
+
+def read_chunk(repository: Repository, plain: bytes) -> bytes:
+    """What the reader makes of a chunk."""
+    reader = runpy.run_path(str(READER))
+    try:
+        chunk: bytes = reader["Repository"](root_of(repository)).read_chunk(hash_chunk(plain))
+    except reader["Damaged"] as error:
+        raise ValueError(error) from error
+    return chunk
+
+
+def floats(seed: int, width: int) -> bytes:
+    numbers = random.Random(seed)
+    kind = {2: "e", 4: "f", 8: "d"}[width]
+    return struct.pack(f"<3000{kind}", *(numbers.gauss(0, 0.02) for _ in range(3000))) + b"ab"[: width // 4]
+
+
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_planes_and_differences_are_decoded(repository: Repository, width: int) -> None:
+    base = floats(1, width)
+    changed = bytes(byte ^ 1 if position % 7 == 0 else byte for position, byte in enumerate(base))
+    planes = encode(base, width)
+    assert planes.codec == PLANES
+    store_chunk(repository, base, planes)
+    difference = encode_delta(changed, hash_chunk(base), base)
+    assert difference is not None
+    store_chunk(repository, changed, difference)
+    assert read_chunk(repository, base) == base
+    assert read_chunk(repository, changed) == changed
+
+
+#: Each is the other with its last byte changed.
+TWINS = bytes(1000), bytes(999) + b"x"
+CHANGE = zstandard.compress(bytes(999) + b"x")
+CHANGE_AS_PLANES = b"\x01\x01" + len(CHANGE).to_bytes(4, "little") + CHANGE
+
+
+def store_as_difference(repository: Repository, plain: bytes, base: bytes) -> None:
+    base_id = hash_chunk(base)
+    store_chunk(repository, plain, Encoded(DELTA, base_id + CHANGE_AS_PLANES, base_id))
+
+
+def test_place_without_a_base_is_preferred(repository: Repository) -> None:
+    for plain, base in (TWINS, TWINS[::-1]):
+        store_as_difference(repository, plain, base)
+        store_chunk(repository, plain, Encoded(RAW, plain))
+    for plain in TWINS:
+        assert read_chunk(repository, plain) == plain
+
+
+def test_base_with_a_base_is_refused(repository: Repository) -> None:
+    for plain, base in (TWINS, TWINS[::-1]):
+        store_as_difference(repository, plain, base)
+    with pytest.raises(ValueError, match="has a base"):
+        read_chunk(repository, TWINS[0])
+
+
 def test_snapshots_are_listed_with_their_owners(repository: Repository, save: Save) -> None:
     snapshots = [save(repository, {"a": b"x" * size}) for size in (1, 20)]
     experiment = ExperimentRecord(ExperimentId(snapshots[0].id), utc_now(), name="run\x1b one")
@@ -120,7 +193,7 @@ def test_hostile_names_are_not_written(repository: Repository, tmp_path: Path, n
     chunk_id = blake3(chunk).digest()
     node = pack([1, 0, [[name, 0, 0o644, 0, 0, len(chunk), chunk_id, []]]])
     packer = Packer(repository.store, repository.index, WriteStats())
-    packer.add([(chunk_id, chunk), (blake3(node).digest(), node)], TREE_PACK)
+    packer.add([Chunk(chunk_id, chunk), Chunk(blake3(node).digest(), node)], TREE_PACK)
     packer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), RootNode(blake3(node).digest(), 0o755, 0, files=5))
     repository.put_snapshot(snapshot)
@@ -153,7 +226,7 @@ def test_existing_directory_and_wrong_usage_are_refused(
 
 def test_reader_is_short_and_stands_alone() -> None:
     text = READER.read_text()
-    assert len(text.splitlines()) < 250
+    assert len(text.splitlines()) < 350
     imported = {
         name.split(".")[0]
         for statement in ast.walk(ast.parse(text))

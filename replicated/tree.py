@@ -8,23 +8,22 @@ by what is asked for, whatever somebody may have written into the repository.
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from replicate.errors import NotFound, RepositoryDamaged
 from replicate.ids import SnapshotId
 from replicate.records import FileType
+from replicated.file_reader import FileReader
 from replicated.format.manifest import (
     DIRECTORY,
     FILE,
     MAX_DEPTH,
     TYPE_NAMES,
-    ChunkList,
     DirectoryNode,
     Entry,
     FileContent,
@@ -33,10 +32,6 @@ from replicated.repository import Repository
 
 #: Directories are remembered until they hold more entries than this together; the last one always is.
 CACHED_ENTRIES: Final = 1 << 17
-#: Nodes of a file's list of chunks that its reader remembers.
-CACHED_LISTS: Final = 64
-#: A reader fetches at most so many bytes of a file at once.
-MAX_FETCH_BYTES: Final = 8 << 20
 
 #: Of a file, where its bytes are; of a directory, the ids of its nodes, those of later snapshots last.
 Content: TypeAlias = FileContent | tuple[bytes, ...] | None
@@ -59,72 +54,6 @@ class Node:
     target: bytes
     #: Opaque; equal contents are equal subtrees or equal files.
     content: Content
-
-
-class FileReader:
-    """Reads one file at any offset; may be used from several threads."""
-
-    def __init__(self, repository: Repository, content: FileContent) -> None:
-        self._repository = repository
-        self._size = content.size
-        self._lists = _ChunkLists(repository)
-        if content.node:
-            self._root = self._lists.load(content.node, content.size)
-        elif content.chunk_ids:
-            self._root = _Extents(ChunkList(0, content.chunk_ids, content.lengths))
-        else:
-            self._root = _Extents(ChunkList(0, content.hash, (content.size,)))
-
-    def pread(self, offset: int, length: int) -> bytes:
-        """The bytes from `offset`, fewer than `length` only at the end of the file.
-
-        Raises `RepositoryDamaged` and `RepositoryUnreachable`.
-        """
-        if offset < 0 or length < 0:
-            raise ValueError(f"a negative offset or length: {offset}, {length}")
-        end = min(offset + length, self._size)
-        if offset >= end:
-            return b""
-        pieces: list[bytes] = []
-        batch: list[_Extent] = []
-        batch_bytes = 0
-        for extent in self._iter_extents(self._root, 0, offset, end):
-            batch.append(extent)
-            batch_bytes += extent.length
-            if batch_bytes >= MAX_FETCH_BYTES:
-                pieces.extend(self._fetch(batch, offset, end))
-                batch, batch_bytes = [], 0
-        pieces.extend(self._fetch(batch, offset, end))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _fetch(self, extents: Sequence[_Extent], offset: int, end: int) -> Iterator[bytes]:
-        chunks = self._repository.read_chunks([extent.chunk_id for extent in extents])
-        for extent in extents:
-            chunk = chunks[extent.chunk_id]
-            if len(chunk) != extent.length:
-                raise RepositoryDamaged(
-                    f"chunk {extent.chunk_id.hex()} in {self._repository.url} has {len(chunk)} bytes where "
-                    f"a file says {extent.length}",
-                    fields={"chunk": extent.chunk_id.hex()},
-                )
-            start = max(0, offset - extent.start)
-            stop = min(extent.length, end - extent.start)
-            yield chunk if start == 0 and stop == extent.length else chunk[start:stop]
-
-    def _iter_extents(self, extents: _Extents, base: int, offset: int, end: int) -> Iterator[_Extent]:
-        """The chunks between `offset` and `end`, below a node whose first byte is at `base`."""
-        node = extents.node
-        first = bisect_right(extents.ends, offset - base)
-        for position in range(first, len(node.lengths)):
-            length = node.lengths[position]
-            start = base + extents.ends[position] - length
-            if start >= end:
-                return
-            if node.level == 0:
-                yield _Extent(node.id_at(position), start, length)
-            else:
-                below = self._lists.load(node.id_at(position), length, node.level - 1)
-                yield from self._iter_extents(below, start, max(offset, start), end)
 
 
 class Tree:
@@ -376,47 +305,3 @@ def _layers(node: Node) -> tuple[bytes, ...]:
     if not isinstance(node.content, tuple):
         raise NotADirectoryError(node.name)
     return node.content
-
-
-@dataclass(frozen=True, slots=True)
-class _Extent:
-    """One chunk and where it lies in its file."""
-
-    chunk_id: bytes
-    start: int
-    length: int
-
-
-class _Extents:
-    """A node of a list of chunks with the ends of its parts, relative to its own beginning."""
-
-    def __init__(self, node: ChunkList) -> None:
-        self.node = node
-        self.ends = list(accumulate(node.lengths))
-
-
-class _ChunkLists:
-    """Loads the nodes of one file's list of chunks and remembers the last ones."""
-
-    def __init__(self, repository: Repository) -> None:
-        self._repository = repository
-        self._lock = threading.Lock()
-        self._recent: OrderedDict[bytes, _Extents] = OrderedDict()
-
-    def load(self, node_id: bytes, size: int, level: int | None = None) -> _Extents:
-        """A node that stands for `size` bytes; raises `RepositoryDamaged` when it does not."""
-        with self._lock:
-            extents = self._recent.get(node_id)
-        if extents is None:
-            extents = _Extents(self._repository.read_chunk_list(node_id))
-        if extents.ends[-1] != size or (level is not None and extents.node.level != level):
-            raise RepositoryDamaged(
-                f"chunk list {node_id.hex()} in {self._repository.url} does not fit the file it belongs to",
-                fields={"chunk": node_id.hex()},
-            )
-        with self._lock:
-            self._recent[node_id] = extents
-            self._recent.move_to_end(node_id)
-            while len(self._recent) > CACHED_LISTS:
-                self._recent.popitem(last=False)
-        return extents

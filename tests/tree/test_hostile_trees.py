@@ -19,7 +19,7 @@ from replicated.format.manifest import (
 )
 from replicated.format.metadata import Snapshot
 from replicated.format.pack import TREE_PACK
-from replicated.packer import Packer, WriteStats
+from replicated.packer import Chunk, Packer, WriteStats
 from replicated.repository import Repository
 from replicated.tree import Tree, open_tree
 
@@ -51,8 +51,8 @@ def forge(repository: Repository) -> Forge:
 
     def store(*nodes: bytes, entries: int = 1000) -> Tree:
         packer = Packer(repository.store, repository.index, WriteStats())
-        packer.add([(CHUNK_ID, CHUNK)])
-        packer.add([(node_id(data), data) for data in nodes], TREE_PACK)
+        packer.add([Chunk(CHUNK_ID, CHUNK)])
+        packer.add([Chunk(node_id(data), data) for data in nodes], TREE_PACK)
         packer.finish()
         root = RootNode(node_id(nodes[-1]), 0o755, 0, files=entries)
         snapshot = Snapshot(SnapshotId(new_id()), root)

@@ -139,12 +139,14 @@ def store_as_difference(repository: Repository, plain: bytes, base: bytes) -> No
     store_chunk(repository, plain, Encoded(DELTA, base_id + CHANGE_AS_PLANES, base_id))
 
 
-def test_place_without_a_base_is_preferred(repository: Repository) -> None:
-    first, second = TWINS
-    store_as_difference(repository, first, second)
-    store_chunk(repository, first, Encoded(RAW, first))
-    store_chunk(repository, second, Encoded(RAW, second))
-    store_as_difference(repository, second, first)
+@pytest.mark.parametrize("codecs", [(RAW, DELTA), (DELTA, RAW)])
+def test_place_without_a_base_is_preferred(repository: Repository, codecs: tuple[int, int]) -> None:
+    for plain, base in (TWINS, TWINS[::-1]):
+        for codec in codecs:
+            if codec == RAW:
+                store_chunk(repository, plain, Encoded(RAW, plain))
+            else:
+                store_as_difference(repository, plain, base)
     for plain in TWINS:
         assert read_chunk(repository, plain) == plain
 

@@ -1,6 +1,6 @@
 """Duplicate an open file: at once where blocks can be shared, else by copying. Holes stay holes.
 
-Called by `held`; knows nothing of leases and spools.
+Called by `freeze`, `held` and `recovery`; knows nothing of leases and spools.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
+
+from replicated.snapshot.holes import DataMap
 
 #: ioctl of linux/fs.h
 _FICLONE: Final = 0x40049409
@@ -48,13 +50,15 @@ def is_prefix(duplicated: int, source: int) -> bool:
     size = os.fstat(duplicated).st_size
     if os.fstat(source).st_size < size:
         return False
+    maps = DataMap(duplicated), DataMap(source)
     position = 0
-    while position < size:
+    while (position := min(data.find(position, size)[0] for data in maps)) < size:
         mine = os.pread(duplicated, min(_COMPARE_BYTES, size - position), position)
         if not mine or os.pread(source, len(mine), position) != mine:
             return False
         position += len(mine)
-    return True
+    # Nothing is read of holes, also where it has become shorter.
+    return os.fstat(source).st_size >= size
 
 
 def copy(source: int, destination: int, size: int, go_on: Callable[[], None]) -> None:
@@ -65,29 +69,12 @@ def copy(source: int, destination: int, size: int, go_on: Callable[[], None]) ->
     """
     _check_space(source, destination)
     os.ftruncate(destination, size)
-    for start, end in data_ranges(source, size):
+    for start, end in DataMap(source).ranges(size):
         _reserve(destination, start, end - start)
         position = start
         while position < end:
             go_on()
             position += _copy_some(source, destination, position, min(end - position, _STEP_BYTES))
-
-
-def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """The parts of the first `size` bytes of a file that hold data, as (start, end)."""
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(descriptor, position, os.SEEK_DATA)
-            end = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return  # only a hole is left
-            start, end = position, size  # a file system that does not tell holes
-        if start >= size:
-            return
-        yield start, end
-        position = end
 
 
 def _copy_some(source: int, destination: int, start: int, count: int) -> int:

@@ -1,8 +1,8 @@
-"""What the file system of an open descriptor can be relied on for: leases, notification, shared blocks.
+"""What the file system of a descriptor can be relied on for: leases, notification, holes, shared blocks.
 
-Asked by `leases`, `watch`, `held`, `capture` and `walk`. Facts about kinds of file systems and nothing
-else: what is not on a list here is not relied on, because a network file system grants a lease or a watch
-and then changes behind it.
+Asked by `leases`, `watch`, `held`, `holes`, `capture`, `recovery` and `walk`. Facts about kinds of file
+systems and nothing else: what is not on a list here is not relied on, because a network file system grants
+a lease or a watch and then changes behind it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ _ZFS: Final = 0x2FC12FC1
 _HONOURS_LEASES: Final = frozenset({_EXT, _XFS, _BTRFS, _TMPFS, _OVERLAY, _F2FS, _BCACHEFS, _ZFS})
 #: Whatever is created, removed, renamed or written in a directory of these is told to who watches it.
 _TELLS_CHANGES: Final = _HONOURS_LEASES
+#: `SEEK_DATA` and `st_blocks` know what was written just now. ZFS has called data that was not on disk yet a
+#: hole (OpenZFS up to 2.1.13 and 2.2.1), and counts no block for it.
+_TELLS_HOLES: Final = frozenset({_EXT, _XFS, _BTRFS, _TMPFS, _OVERLAY, _F2FS, _BCACHEFS})
 #: Two files of one of these can have blocks in common (reflink).
 _SHARES_BLOCKS: Final = frozenset({_XFS, _BTRFS, _BCACHEFS})
 
@@ -39,6 +42,11 @@ def honours_leases(descriptor: int) -> bool:
 def tells_changes(descriptor: int) -> bool:
     """Whether inotify on a directory of this file system misses no change that goes through a system call."""
     return _kind(descriptor) in _TELLS_CHANGES
+
+
+def tells_holes(descriptor: int) -> bool:
+    """Whether what this file system calls a hole holds nothing but zeros, and all else has blocks."""
+    return _kind(descriptor) in _TELLS_HOLES
 
 
 def times_tell_of_stores(descriptor: int) -> bool:

@@ -19,6 +19,7 @@ from replicate.errors import CaptureFailed
 from replicated.snapshot import duplicate
 from replicated.snapshot.entries import HELD, PACKED, SPOOLED, PlainRow, Source
 from replicated.snapshot.held import HeldFiles
+from replicated.snapshot.holes import DataMap, data_bytes
 from replicated.snapshot.spill import SLAB_BYTES, Slab, Spill, SpillFile
 from replicated.snapshot.spool import PACKED_FILE, SnapshotSpool
 
@@ -68,7 +69,7 @@ class Freezer:
         #: What the files of other snapshots are called here; empty when they are gone.
         self._links: dict[tuple[str, str], str] = {}
         self._hard_links_seen = False
-        #: Held, in memory, or in the spool.
+        #: Held, in memory, or in the spool, without holes.
         self.frozen_bytes = 0
         #: Of it in the spool.
         self.spooled_bytes = 0
@@ -141,6 +142,8 @@ class Freezer:
             if not stat.S_ISREG(before.st_mode) or before.st_size <= self._small_bytes:
                 return None
             info = before
+            # Holes take neither memory nor disk, and no time to store.
+            size_bytes = data_bytes(descriptor, before)
             source: Source | None = None
             is_shared = False
             if self._may_use("lease"):
@@ -153,16 +156,16 @@ class Freezer:
                 if holding is not None:
                     info, source = holding.info, (HELD, holding.number)
             if source is None:
-                placed = self._place(descriptor, before, path)
+                placed = self._place(descriptor, before, size_bytes, path)
                 if placed is None:
                     return None
                 source = (SPOOLED, placed)
-                self.spooled_bytes += before.st_size
+                self.spooled_bytes += size_bytes
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
         if not is_shared:  # else another snapshot keeps it, and counts it
-            self.frozen_bytes += info.st_size
+            self.frozen_bytes += size_bytes
         row = (name, info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
         return row, source
 
@@ -236,7 +239,7 @@ class Freezer:
             self._spill.reserve(packed, self._reserved, end)
         self._reserved = end + ahead
 
-    def _place(self, descriptor: int, before: os.stat_result, path: bytes) -> str | None:
+    def _place(self, descriptor: int, before: os.stat_result, size_bytes: int, path: bytes) -> str | None:
         """Put a copy into the spool and return its name, or None when the file changed meanwhile."""
         if self._may_use("reflink"):
             name = self._reflink(descriptor, before)
@@ -246,7 +249,7 @@ class Freezer:
             self._may_use("memory")
             and not self._is_durable
             and path not in self._changing
-            and self._spill.has_room(before.st_size)
+            and self._spill.has_room(size_bytes)
         ):
             name = self._read_into_memory(descriptor, before)
             if name is None:
@@ -308,7 +311,7 @@ class Freezer:
         except OSError as error:
             raise self._spool.failure(error) from error
         try:
-            for start, end in duplicate.data_ranges(descriptor, before.st_size):
+            for start, end in DataMap(descriptor).ranges(before.st_size):
                 try:
                     self._spill.reserve(file, start, end)
                 except OSError as error:

@@ -1,7 +1,8 @@
 """The captured contents of one snapshot, wherever they are: the spool, leased files, the user's files.
 
 Everything is read with `preadv` into the reader's buffers, never mapped: a mapping of a file that gets
-shorter, or of a disk that fails, ends the process. Called by `ingest`, in one thread.
+shorter, or of a disk that fails, ends the process. Holes are not read: their zeros are only filled in.
+Called by `ingest`, in one thread; `recovery` opens the user's files as this does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Final, TypeAlias
 from replicate.errors import CaptureFailed
 from replicated.snapshot import leases
 from replicated.snapshot.entries import HELD, PACKED, SPOOLED, Row, Source
+from replicated.snapshot.holes import DataMap
 from replicated.writer import ReadInto
 
 #: Opens a held file by its number: a descriptor, the receiver's to close, and the slot of its flag, or
@@ -33,6 +35,10 @@ _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
 # What the kernel says when bytes are gone for good, as opposed to a lack of memory or descriptors.
 _GONE = (errno.EIO, errno.ESTALE, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG)
+#: What fills holes, a step at a time.
+_ZEROS = memoryview(bytes(1 << 20))
+#: With holes between every few blocks, reading is better than asking for each of them.
+_SMALLEST_READ_BYTES = 1 << 20
 
 
 class FrozenFiles:
@@ -83,7 +89,7 @@ class FrozenFiles:
             elif source[0] == SPOOLED:
                 descriptor = self._open_spooled(source[1])
                 stack.callback(os.close, descriptor)
-                yield lambda view, offset: _read(descriptor, view, offset)
+                yield _OpenFile(descriptor).read_into
             elif source[0] == HELD:
                 held = _HeldFile(source[1], self._open_held, self._flags, self._is_whole)
                 stack.callback(held.close)
@@ -145,6 +151,32 @@ class _PackedFile:
         return done
 
 
+class _OpenFile:
+    """Reads a file of its own that does not change, or does not matter any more once it has."""
+
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor` stays the caller's."""
+        self._descriptor = descriptor
+        self._map = DataMap(descriptor)
+        #: What was found last: a hole, and the data behind it; ends where the next of either begins.
+        self._hole_start = self._data_start = self._data_end = 0
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Read, or fill in, some bytes from an offset on; 0 at the end of the file."""
+        if not self._map.is_sparse:
+            return _read(self._descriptor, view, offset)
+        if not self._hole_start <= offset < self._data_end:
+            size = os.fstat(self._descriptor).st_size
+            start, end = self._map.find(offset, size)
+            end = min(max(end, start + _SMALLEST_READ_BYTES), size)
+            self._hole_start, self._data_start, self._data_end = offset, start, end
+        if offset >= self._data_start:
+            return _read(self._descriptor, view[: self._data_end - offset], offset)
+        done = min(len(view), self._data_start - offset, len(_ZEROS))
+        view[:done] = _ZEROS[:done]
+        return done
+
+
 class _HeldFile:
     """A leased file, or once somebody wanted to write to it, the copy that was made before he could."""
 
@@ -159,22 +191,27 @@ class _HeldFile:
         self._open = open_held
         self._flags = flags
         self._is_whole = is_whole
-        self._descriptor, self._slot = open_held(number)
+        self._descriptor = -1
+        self._begin()
 
     def read_into(self, view: memoryview, offset: int) -> int:
         while True:
-            done = _read(self._descriptor, view, offset)
+            done = self._file.read_into(view, offset)
             # Looked at after the read: the flag is set before the lease is given up, and so before any
             # change; but for a daemon that hangs, whose lease the kernel takes away after a while.
             if self._slot is None or (not self._flags[self._slot] and self._is_whole(self._descriptor)):
                 return done
             self.close()
-            self._descriptor, self._slot = self._open(self._number)
+            self._begin()
 
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _begin(self) -> None:
+        self._descriptor, self._slot = self._open(self._number)
+        self._file = _OpenFile(self._descriptor)
 
 
 @contextmanager
@@ -184,18 +221,19 @@ def open_unchanged(directory: bytes, path: bytes, row: Row) -> Iterator[ReadInto
     Symbolic links on the way are not followed. Raises `CaptureFailed` when it is not there as it was.
     """
     try:
-        descriptor = _open_below(directory, path)
+        descriptor = open_below(directory, path)
     except OSError as error:
         raise _not_as_captured(path, f"it cannot be opened: {error.strerror}") from error
     try:
         _check_unchanged(descriptor, path, row)
-        yield lambda view, offset: _read(descriptor, view, offset)
+        yield _OpenFile(descriptor).read_into
         _check_unchanged(descriptor, path, row)
     finally:
         os.close(descriptor)
 
 
-def _open_below(directory: bytes, path: bytes) -> int:
+def open_below(directory: bytes, path: bytes) -> int:
+    """Open a file for reading, following no symbolic link below `directory`; raises OSError."""
     *parents, name = path.split(b"/")
     at = os.open(directory, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
     try:
@@ -208,10 +246,15 @@ def _open_below(directory: bytes, path: bytes) -> int:
         os.close(at)
 
 
-def _check_unchanged(descriptor: int, path: bytes, row: Row) -> None:
+def is_unchanged(descriptor: int, row: Row) -> bool:
+    """Whether an open file is the one that was captured, and as it was then."""
     info = os.fstat(descriptor)
     found = (info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-    if found != (row.mode, row.inode, row.size, row.mtime_ns, row.ctime_ns) or not stat.S_ISREG(row.mode):
+    return stat.S_ISREG(row.mode) and found == (row.mode, row.inode, row.size, row.mtime_ns, row.ctime_ns)
+
+
+def _check_unchanged(descriptor: int, path: bytes, row: Row) -> None:
+    if not is_unchanged(descriptor, row):
         raise _not_as_captured(path, "it has changed since")
 
 

@@ -13,11 +13,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from replicate.errors import CaptureFailed
 from replicate.ids import short
 from replicated.journal import Job, Journal
 from replicated.processes import current_boot_id
+from replicated.snapshot import duplicate, file_systems
 from replicated.snapshot.entries import (
     HELD,
     PACKED,
@@ -30,13 +32,21 @@ from replicated.snapshot.entries import (
     unpack_rows,
     unpack_sources,
 )
+from replicated.snapshot.frozen import is_unchanged, open_below
 from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
 
-_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_COPY_STEP_BYTES = 64 << 20
-
 _log = logging.getLogger(__name__)
+
+
+class _File(NamedTuple):
+    """A file or link of a capture."""
+
+    project_directory: bytes
+    #: Relative to the project directory.
+    path: bytes
+    row: Row
+    source: Source
 
 
 def recover(journal: Journal, spool: Spool, held: HeldFiles) -> dict[str, str]:
@@ -62,23 +72,23 @@ def _is_believed(job: Job) -> bool:
 
 
 def _hold_again(job: Job, inline: bytes, spool: Spool, held: HeldFiles) -> None:
-    for path, row, source in _files(job, inline, spool):
-        if source[0] != HELD:
+    for file in _files(job, inline, spool):
+        if file.source[0] != HELD:
             continue
-        number = source[1]
+        number = file.source[1]
         if held.adopt(job.id, number, None):
             continue  # it was copied into the spool
-        descriptor = _open_unchanged(path, row)
+        descriptor = _open_unchanged(file)
         observer = os.dup(descriptor)  # the other one is given away
         try:
             if not held.adopt(job.id, number, descriptor):
                 # Somebody has it open for writing now.
                 with _closing(descriptor), _spool_trouble(spool):
-                    _copy_held(path, descriptor, row, spool.path(job.id) / held_name(number))
+                    _copy_held(file, descriptor, spool.path(job.id) / held_name(number))
                 held.adopt(job.id, number, None)
-            elif not _is_unchanged(observer, row):
+            elif not is_unchanged(observer, file.row):
                 held.release(job.id, number)
-                raise _lost(path, "has changed since")
+                raise _lost(file, "has changed since")
         finally:
             os.close(observer)
 
@@ -90,19 +100,17 @@ def _complete_spool(job: Job, inline: bytes, spool: Spool, held: HeldFiles) -> N
     #: By name. Files anew: those that are there may be shared with a snapshot that is complete.
     made: dict[str, Path] = {}
     try:
-        for path, row, source in _files(job, inline, spool):
-            if row.size == 0:
-                continue  # nothing was kept for it
-            if source[0] == PACKED:
-                offset, name = source[1:]
-            elif source[0] == SPOOLED:
-                offset, name = 0, source[1]
-            else:
-                continue
-            descriptor = _open_unchanged(path, row)
+        for file in _files(job, inline, spool):
+            kind, *_, name = file.source
+            if file.row.size == 0 or kind not in (PACKED, SPOOLED):
+                continue  # nothing was kept for it, or not in memory
+            descriptor = _open_unchanged(file)
             made[name] = spool.path(job.id) / f"{name}.tmp"
             with _closing(descriptor), _spool_trouble(spool):
-                _copy(path, descriptor, row, made[name], offset)
+                if kind == PACKED:
+                    _copy_into(file, descriptor, made[name], file.source[1])
+                else:
+                    _copy(file, descriptor, made[name])
         with _spool_trouble(spool):
             for name, temporary in made.items():
                 temporary.replace(spool.path(job.id) / name)
@@ -114,59 +122,69 @@ def _complete_spool(job: Job, inline: bytes, spool: Spool, held: HeldFiles) -> N
         raise
 
 
-def _files(job: Job, inline: bytes, spool: Spool) -> Iterator[tuple[bytes, Row, Source]]:
-    """The files and links of a capture, by their absolute paths."""
+def _files(job: Job, inline: bytes, spool: Spool) -> Iterator[_File]:
     header, records = read_entries([inline] if inline else spool.read_entries(job.id))
     for record in records:
         if not isinstance(record, CapturedDirectory):
             continue
-        directory = os.path.join(header.project_directory, record.path)
         for row, source in zip(unpack_rows(record.rows), unpack_sources(record.sources), strict=True):
-            yield os.path.join(directory, row.name), row, source
+            yield _File(header.project_directory, os.path.join(record.path, row.name), row, source)
 
 
-def _open_unchanged(path: bytes, row: Row) -> int:
+def _open_unchanged(file: _File) -> int:
     """Open a file that is still as it was captured; raises `CaptureFailed`."""
     try:
-        descriptor = os.open(path, _OPEN_FLAGS)
+        descriptor = open_below(file.project_directory, file.path)
     except OSError as error:
-        raise _lost(path, f"cannot be opened any more ({error.strerror})") from error
-    if _is_unchanged(descriptor, row):
+        raise _lost(file, f"cannot be opened any more ({error.strerror})") from error
+    if is_unchanged(descriptor, file.row):
         return descriptor
     os.close(descriptor)
-    raise _lost(path, "has changed since")
+    raise _lost(file, "has changed since")
 
 
-def _is_unchanged(descriptor: int, row: Row) -> bool:
-    info = os.fstat(descriptor)
-    found = (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-    return found == (row.inode, row.size, row.mtime_ns, row.ctime_ns)
-
-
-def _copy_held(path: bytes, descriptor: int, row: Row, target: Path) -> None:
+def _copy_held(file: _File, descriptor: int, target: Path) -> None:
     """Make the copy of a held file; under its name it counts as durable."""
     temporary = target.with_name(target.name + ".tmp")
     target.parent.mkdir(mode=0o700, exist_ok=True)
-    _copy(path, descriptor, row, temporary, 0)
+    _copy(file, descriptor, temporary)
     with open(temporary, "rb") as copy:
         os.fsync(copy.fileno())
     temporary.replace(target)
 
 
-def _copy(path: bytes, descriptor: int, row: Row, target: Path, offset: int) -> None:
-    output = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _copy(file: _File, descriptor: int, target: Path) -> None:
+    """Make a duplicate of a whole file."""
+    with _unchanged(file, descriptor):
+        output = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with _closing(output):
+            may_share = file_systems.may_share_blocks(descriptor, output)
+            if not (may_share and duplicate.reflink(descriptor, output)):
+                duplicate.copy(descriptor, output, file.row.size, lambda: None)
+
+
+def _copy_into(file: _File, descriptor: int, target: Path, offset: int) -> None:
+    """Copy a small file to where it lies in a packed one."""
+    with _unchanged(file, descriptor):
+        output = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with _closing(output):
+            os.lseek(output, offset, os.SEEK_SET)
+            position = 0
+            while copied := os.sendfile(output, descriptor, position, file.row.size - position):
+                position += copied
+
+
+@contextmanager
+def _unchanged(file: _File, descriptor: int) -> Iterator[None]:
+    """What is copied within is the file as it was captured, or it is lost; an error may be due to that."""
     try:
-        position = 0
-        os.lseek(output, offset, os.SEEK_SET)
-        while position < row.size:
-            copied = os.sendfile(output, descriptor, position, min(row.size - position, _COPY_STEP_BYTES))
-            if copied == 0:
-                break
-            position += copied
-    finally:
-        os.close(output)
-    if position != row.size or not _is_unchanged(descriptor, row):
-        raise _lost(path, "has changed since")
+        yield
+    except OSError as error:
+        if is_unchanged(descriptor, file.row):
+            raise
+        raise _lost(file, "has changed since") from error
+    if not is_unchanged(descriptor, file.row):
+        raise _lost(file, "has changed since")
 
 
 @contextmanager
@@ -185,8 +203,8 @@ def _spool_trouble(spool: Spool) -> Iterator[None]:
         raise CaptureFailed(f"cannot write to the spool {spool.directory}: {error.strerror}") from error
 
 
-def _lost(path: bytes, what: str) -> CaptureFailed:
-    shown = os.fsdecode(path)
+def _lost(file: _File, what: str) -> CaptureFailed:
+    shown = os.fsdecode(os.path.join(file.project_directory, file.path))
     return CaptureFailed(
         f"the daemon ended before {shown} was stored, and the file {what}", fields={"path": shown}
     )

@@ -121,6 +121,50 @@ def test_copied_files_survive_whatever_happens_to_them(slow_project):
     assert project.read(checkpoint.id, "model.pt") == data
 
 
+def write_sparse(project, name):
+    """A file of 128 MiB that holds a few bytes."""
+    path = project.write(name, b"beginning")
+    with path.open("r+b") as file:
+        file.truncate(128 << 20)
+        file.seek(64 << 20)
+        file.write(b"middle")
+    return path
+
+
+def check_sparse(project, checkpoint, name):
+    path = project.daemon.home / "state" / "spool" / checkpoint.id / name
+    info = path.stat()
+    assert (info.st_size, info.st_blocks * 512 < 1 << 20) == (128 << 20, True)
+    with path.open("rb") as file:
+        assert file.read(10) == b"beginning\0"
+        file.seek((64 << 20) - 1)
+        assert file.read(8) == b"\0middle\0"
+
+
+def test_a_held_file_that_somebody_writes_now_is_copied_with_its_holes(slow_project):
+    project, experiment = slow_project
+    path = write_sparse(project, "sparse")
+    checkpoint = project.checkpoint(experiment, "sparse")
+    project.daemon.kill()
+    with path.open("r+b"):
+        project.daemon.start(*NEVER)
+    check_sparse(project, checkpoint, "held-0")
+
+
+def test_a_file_that_was_in_memory_is_read_again_with_its_holes(slow_project):
+    project, experiment = slow_project
+    path = write_sparse(project, "sparse")
+    with path.open("r+b"):
+        checkpoint = project.checkpoint(experiment, "sparse")
+    project.daemon.kill()
+    spool = project.daemon.home / "state" / "spool" / checkpoint.id
+    (spool / "complete").unlink()
+    (copy,) = spool.glob("large-*")
+    copy.write_bytes(b"not yet")
+    project.daemon.start(*NEVER)
+    check_sparse(project, checkpoint, copy.name)
+
+
 def test_several_restarts_in_a_row_lose_nothing(slow_project):
     project, experiment = slow_project
     data = os.urandom(BIG)

@@ -22,6 +22,7 @@ from blake3 import blake3
 FILE, DIRECTORY, SYMLINK = 0, 1, 2
 MAX_CHUNK_BYTES = 16 << 20
 MAX_DEPTH = 4096
+MAX_REGIONS = 65536
 SEAL = re.compile(rb',\n "blake3": "([0-9a-f]{64})"\n\}\n')
 SEAL_LENGTH = 82
 ID = re.compile(r"[0-9a-f]{64}")
@@ -144,13 +145,19 @@ class Repository:
         require(blake3(plain).digest() == chunk, f"chunk {chunk.hex()} in pack {pack} is damaged")
         return plain
 
-    def read_node(self, node, kind, above):
-        """Level and members of a node below one of level `above`, or of a root."""
+    def read_node(self, node, kind):
+        """The members of a node after the first, which says what it is."""
         data = self.read_chunk(node)
         value = msgpack.unpackb(data, use_list=True, strict_map_key=True)
         require(msgpack.packb(value) == data, f"node {node.hex()} is not in its shortest encoding")
-        found, level, *members = value
-        require(found == kind and 0 <= level <= 8, f"node {node.hex()} is not of the right kind")
+        found, *members = value
+        require(found == kind, f"node {node.hex()} is not of the right kind")
+        return members
+
+    def read_level(self, node, kind, above):
+        """Level and members of a node below one of level `above`, or of a root."""
+        level, *members = self.read_node(node, kind)
+        require(0 <= level <= 8, f"node {node.hex()} is on an impossible level")
         require(above is None or level == above - 1, f"node {node.hex()} is on the wrong level")
         return level, members
 
@@ -166,7 +173,7 @@ class Repository:
             yield entry
 
     def _read_entries(self, node, above=None):
-        level, (items,) = self.read_node(node, 1, above)
+        level, (items,) = self.read_level(node, 1, above)
         if level == 0:
             yield from items
             return
@@ -178,24 +185,42 @@ class Repository:
             require((seen, name) == (count, last_name), f"node {below.hex()} is not what is said of it")
 
     def read_file(self, size, digest, content):
-        """The bytes of a file, chunk by chunk; their sum and hash are checked at the end."""
-        if not content:
-            chunks = [(digest, size)] if size else []
-        elif len(content) == 1:
-            chunks = self._read_list(content[0])
-        else:
-            chunks = pair(*content)
+        """The bytes of a file, piece by piece; their sum and hash are checked at the end."""
+        is_short = len(content) > 1 and isinstance(content[1], list)
+        layout = content[2 if is_short else 1 :]
+        pieces = self._read_from(0, size, digest, content)
+        if layout:
+            (lengths,) = self.read_node(layout[0], 3)
+            require(2 <= len(lengths) <= 2 * MAX_REGIONS + 1, "a layout of no regions, or too many")
+            require(lengths[0] >= 0 and all(length > 0 for length in lengths[1:]), "an impossible layout")
+            require(sum(lengths) == size != lengths[1], "the layout of a file does not fit its size")
+            gaps = self._read_from(sum(lengths[1::2]), size, digest, content)
+            pieces = alternate(lengths, gaps, pieces)
         whole, done = blake3(), 0
-        for chunk, length in chunks:
-            plain = self.read_chunk(chunk)
-            done += length
-            require(len(plain) == length and done <= size, "the chunks of a file do not fit its size")
-            whole.update(plain)
-            yield plain
+        for piece in pieces:
+            done += len(piece)
+            require(done <= size, "a file has more bytes than it should")
+            whole.update(piece)
+            yield piece
         require(done == size and whole.digest() == digest, "a file has another size or hash than it should")
 
+    def _read_from(self, offset, size, digest, content):
+        """What the chunks of a file hold from an offset on, chunk by chunk."""
+        if not content:
+            chunks = [(digest, size)] if size else []
+        elif len(content) > 1 and isinstance(content[1], list):
+            chunks = pair(*content[:2])
+        else:
+            chunks = self._read_list(content[0])
+        for chunk, length in chunks:
+            if offset < length:
+                plain = self.read_chunk(chunk)
+                require(len(plain) == length, "the chunks of a file do not fit its size")
+                yield plain[offset:]
+            offset = max(0, offset - length)
+
     def _read_list(self, node, above=None):
-        level, (ids, lengths) = self.read_node(node, 2, above)
+        level, (ids, lengths) = self.read_level(node, 2, above)
         for below, length in pair(ids, lengths):
             if level == 0:
                 yield below, length
@@ -212,6 +237,19 @@ def pair(ids, lengths):
     require(len(ids) == 32 * len(lengths), "a list of chunks has more ids than lengths, or fewer")
     require(all(length > 0 for length in lengths), "a list of chunks has an impossible length")
     return [(ids[32 * n : 32 * n + 32], length) for n, length in enumerate(lengths)]
+
+
+def alternate(lengths, *sources):
+    """As many bytes as each length says, from the pieces of the sources in turn."""
+    rests = [b""] * len(sources)
+    for position, length in enumerate(lengths):
+        turn = position % len(sources)
+        while length > 0:
+            rest = rests[turn] or memoryview(next(sources[turn], b""))
+            require(rest, "a file has fewer bytes than its layout says")
+            yield rest[:length]
+            rests[turn] = rest[length:]
+            length -= min(length, len(rest))
 
 
 def list_snapshots(repository):

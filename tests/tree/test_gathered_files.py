@@ -1,8 +1,12 @@
 """Files whose chunks hold their regions first and their gaps last."""
 
+import dataclasses
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -20,9 +24,10 @@ from replicated.format.pack import TREE_PACK
 from replicated.packer import Chunk, Packer, WriteStats
 from replicated.repository import Repository
 from replicated.store.memory import MemoryStore
-from replicated.tree import Tree, open_tree
+from replicated.tree import open_tree
 
-KIB, MIB = 1 << 10, 1 << 20
+MIB = 1 << 20
+STANDALONE_READER = Path(__file__).parents[2] / "examples" / "standalone_reader.py"
 
 
 class Counting(MemoryStore):
@@ -78,15 +83,13 @@ def store_gathered(
     return content
 
 
-def open_file(repository: Repository, content: FileContent) -> Tree:
-    """The tree of a snapshot with nothing but the file `model`."""
+def put_snapshot(repository: Repository, content: FileContent) -> SnapshotId:
+    """A snapshot with nothing but the file `model`."""
     packer = Packer(repository.store, repository.index, WriteStats())
-    nodes: list[bytes] = []
 
     def store_node(node: bytes) -> bytes:
         packer.add([Chunk(blake3(node).digest(), node)], TREE_PACK)
-        nodes.append(blake3(node).digest())
-        return nodes[-1]
+        return blake3(node).digest()
 
     directory = DirectoryBuilder(store_node)
     directory.add_file(b"model", 0o644, 0, content)
@@ -94,7 +97,7 @@ def open_file(repository: Repository, content: FileContent) -> Tree:
     packer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
     repository.put_snapshot(snapshot)
-    return open_tree(repository, snapshot.id)
+    return snapshot.id
 
 
 layouts = st.builds(
@@ -123,7 +126,7 @@ def test_large_file_is_read_through_its_tree(repository: Repository, piece_bytes
     data = random.Random(1).randbytes(sum(lengths))
     content = store_gathered(repository, data, lengths, piece_bytes)
     assert bool(content.node) == (sum(lengths) / piece_bytes > MAX_INLINE_CHUNKS)
-    tree = open_file(repository, content)
+    tree = open_tree(repository, put_snapshot(repository, content))
     reader = tree.reader(tree.find(b"model"))
     assert reader.pread(0, 1 << 40) == data
     for offset in range(0, len(data), 700_001):
@@ -135,10 +138,9 @@ def test_snapshot_names_the_layout_among_its_chunks(repository: Repository) -> N
     lengths = (10, 2000, 30)
     data = random.Random(2).randbytes(sum(lengths))
     content = store_gathered(repository, data, lengths, 500)
-    tree = open_file(repository, content)
-    snapshot = Snapshot(SnapshotId(new_id()), RootNode(tree.root.content[0], 0o755, 0))
+    snapshot = repository.load_snapshot(put_snapshot(repository, content))
     named = [chunk[0] for chunk in repository.iter_chunks(snapshot)]
-    assert sorted(named) == sorted([tree.root.content[0], content.layout, *content.ids()])
+    assert sorted(named) == sorted([snapshot.root.node, content.layout, *content.ids()])
     assert list(repository.iter_chunks(snapshot, set(named))) == []
 
 
@@ -149,10 +151,25 @@ def test_content_without_its_layout_is_not_contained(repository: Repository) -> 
         content = store_gathered(repository, data, lengths, piece_bytes)
         with repository.writer() as writer:
             assert writer.contains(content)
-            lost = FileContent(
-                content.size, content.hash, content.chunk_ids, content.lengths, content.node, bytes(32)
-            )
-            assert not writer.contains(lost)
+            assert not writer.contains(dataclasses.replace(content, layout=bytes(32)))
+
+
+@pytest.mark.parametrize("piece_bytes", [20_000, MIB], ids=["list of chunks", "inline"])
+def test_reader_made_from_the_document_reads_the_same(tmp_path: Path, piece_bytes: int) -> None:
+    lengths = [0, 500_000, *[64, 4096] * 200, 1_000_000, 10, 1, 1]
+    data = random.Random(7).randbytes(sum(lengths))
+    repository = Repository.open((tmp_path / "store").as_uri(), cache=tmp_path / "cache", create=True)
+    snapshot_id = put_snapshot(repository, store_gathered(repository, data, lengths, piece_bytes))
+    wrong = store_gathered(repository, data, [len(data) - 1, 1], piece_bytes)
+    wrong_id = put_snapshot(repository, dataclasses.replace(wrong, hash=bytes(32)))
+    repository.close()
+    for identifier, status in ((snapshot_id, 0), (wrong_id, 1)):
+        target = tmp_path / identifier
+        command = [sys.executable, "-I", STANDALONE_READER, tmp_path / "store", "extract", identifier, target]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, bool(done.stderr)) == (status, bool(status)), done.stderr
+        assert "Traceback" not in done.stderr
+        assert (target / "model").read_bytes() == data, "what is wrong is seen at the end only"
 
 
 # Work
@@ -251,9 +268,8 @@ def test_layout_that_does_not_fit_is_damage(repository: Repository, forge: Forge
 
 def test_layout_that_is_in_no_pack_is_damage(repository: Repository, forge: Forge) -> None:
     content = forge(pack([LAYOUT_NODE, [20, 100, 30]]))
-    lost = FileContent(150, content.hash, content.chunk_ids, content.lengths, layout=b"\1" * 32)
     with pytest.raises(RepositoryDamaged):
-        FileReader(repository, lost)
+        FileReader(repository, dataclasses.replace(content, layout=bytes(32)))
 
 
 def test_layout_of_the_most_regions_is_read_where_asked(repository: Repository) -> None:

@@ -150,10 +150,11 @@ class Cache:
             return None
         try:
             return action(self._connection)
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
             directory = self._files.directory
-            # Subclasses say that something else is wrong (locked, disk full): the file is good.
-            if type(error) is sqlite3.DatabaseError:
+            # Subclasses say that something else is wrong (locked, disk full): the file is good. What the
+            # library says of a damaged schema quotes it, which may be no text.
+            if type(error) in (sqlite3.DatabaseError, UnicodeDecodeError):
                 _log.warning("the %s in %s is damaged and made anew: %s", self._name, directory, error)
                 self._connect(self._number + 1)
                 return None

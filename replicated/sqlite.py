@@ -68,6 +68,11 @@ def open_database(
         if connection is not None:
             connection.close()
         raise DatabaseUnusable(path, str(error)) from error
+    except UnicodeDecodeError as error:
+        # What the library says of a damaged schema quotes it.
+        if connection is not None:
+            connection.close()
+        raise DatabaseUnusable(path, "it is damaged") from sqlite3.DatabaseError(str(error))
     except DatabaseUnusable:
         if connection is not None:
             connection.close()

@@ -168,3 +168,16 @@ def test_older_database_without_all_upgrades_is_refused(tmp_path: Path) -> None:
     open_test(tmp_path / "db", version=1).close()
     with pytest.raises(DatabaseUnusable, match="older version: 1"):
         open_upgrading(tmp_path / "db", 3, {2: UPGRADES[2]})
+
+
+def test_a_damaged_schema_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    open_test(path).close()
+    sound = path.read_bytes()
+    # What the library says of it quotes it.
+    damaged = sound.replace(b"CREATE INDEX by_value ON numbers", b"CREATE INDEX by_value ON n\xccmbers")
+    assert damaged != sound
+    path.write_bytes(damaged)
+    with pytest.raises(DatabaseUnusable, match="it is damaged") as raised:
+        open_test(path)
+    assert type(raised.value.__cause__) is sqlite3.DatabaseError

@@ -42,6 +42,9 @@ _CONTINUATION_V2_MAGIC = b"OCHK"
 _CHECKSUM_BYTES = 4
 _MESSAGE_V2 = struct.Struct("<BHB")
 _IS_SHARED = 0x02
+# Of all objects together: thrice what the most datasets need that gaps worth it have room for. Four bytes
+# make a message, so that without a bound a file of nothing else would take seconds.
+_MAX_MESSAGES = 1 << 18
 
 _DATATYPE, _LINK, _DATA_LAYOUT, _FILTERS, _CONTINUATION, _SYMBOL_TABLE = 0x03, 0x06, 0x08, 0x0B, 0x10, 0x11
 
@@ -103,6 +106,7 @@ class _File:
         self._source = source
         self._start = start
         self._visited: set[int] = set()
+        self._messages_left = _MAX_MESSAGES
         superblock = source.read(start, min(size, _SUPERBLOCK_BYTES))
         (version,) = unpack(_LENGTHS[0], superblock, _VERSION_OFFSET)
         if version not in _SUPERBLOCKS:
@@ -179,9 +183,13 @@ class _File:
         blocks = [(address, length)]
         while blocks:
             block = self._read(*blocks.pop())
+            # Only blocks of the newer form that continue begin with this, which is no message.
             position = len(_CONTINUATION_V2_MAGIC) if block.startswith(_CONTINUATION_V2_MAGIC) else 0
             end = len(block) - (_CHECKSUM_BYTES if position else 0)
             while position + form.size + order_bytes <= end:
+                self._messages_left -= 1
+                if self._messages_left < 0:
+                    raise Malformed("too many messages")
                 kind, content_length, flags = unpack(form, block, position)
                 position += form.size + order_bytes
                 content = block[position : min(position + content_length, end)]

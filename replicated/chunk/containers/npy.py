@@ -15,7 +15,8 @@ _VERSION_OFFSET = len(_MAGIC)
 _LENGTH_OFFSET = _VERSION_OFFSET + 2
 # The element's type comes first in the header; what follows can be long (structured types).
 _MAX_DESCRIPTION_BYTES = 1024
-_DESCRIPTION = re.compile(rb"\{'descr': '[<>|=]([A-Za-z])([0-9]{1,8})'")
+#: Kind and length of an element; dates have a unit in brackets behind them.
+_DESCRIPTION = re.compile(rb"\{'descr': '[<>|=]([A-Za-z])([0-9]{1,8})['\[]")
 #: Bytes of one number by kind, where it is not what the header says: the parts of complex numbers, the
 #: characters of strings.
 _PARTS: Final = {b"c": 2}

@@ -10,10 +10,10 @@ from typing import Final
 from replicated.chunk.containers.source import Extent, Malformed, Source
 
 _LENGTH = struct.Struct("<Q")
-# What 65,536 tensors of ten dimensions have. Objects, arrays and numbers take up to thirty times as much
+# What 65,536 tensors of four dimensions have. Objects, arrays and numbers take up to thirty times as much
 # memory as they take in JSON.
 _MAX_BRACKETS = 4 << 16
-_MAX_COMMAS = 16 << 16
+_MAX_COMMAS = 8 << 16
 #: Bytes of one number; what is not here (types shorter than a byte, types to come) is unknown.
 _ITEM_BYTES: Final = {
     "BOOL": 1,

@@ -111,8 +111,8 @@ def encode(plain: Plain, item_bytes: int | None = None) -> Encoded:
     if item_bytes is None and len(plain) < _MIN_JUDGED_BYTES:
         return _if_worth(plain, Encoded(ZSTD, compress(plain)))
     sample = take_sample(plain)
-    estimate = judge(sample, item_bytes)
-    if estimate.is_hopeless(sample):
+    estimate = judge(plain, sample, item_bytes)
+    if estimate.is_hopeless:
         return Encoded(RAW, plain)
     if estimate.width == 0:
         return _if_worth(plain, Encoded(ZSTD, compress(plain)))
@@ -127,13 +127,13 @@ def encode_delta(plain: Plain, base_id: bytes, base: Plain, item_bytes: int = 0)
     The base must be stored without a base itself. `item_bytes` as for `encode`.
     """
     assert len(plain) == len(base), "a difference needs chunks of one length"
+    if len(plain) < _MIN_COMPRESSED_BYTES:
+        return None
     sample, base_sample = take_sample(plain), take_sample(base)
     difference = int.from_bytes(sample, "little") ^ int.from_bytes(base_sample, "little")
     estimate = judge_numbers(difference.to_bytes(len(sample), "little"), item_bytes)
-    saved = min(judge(sample, item_bytes).size, len(sample)) - estimate.size
-    # Worth it if what is saved of the whole is 3 % and what naming the base takes.
-    whole = len(plain) * saved - _DELTA_OVERHEAD_BYTES * len(sample)
-    if whole * _WORTH_DENOMINATOR <= len(plain) * len(sample) * (_WORTH_DENOMINATOR - _WORTH_NUMERATOR):
+    alone = min(judge(plain, sample, item_bytes).ratio, 1.0)
+    if not _is_worth(len(plain) * (estimate.ratio + 1 - alone) + _DELTA_OVERHEAD_BYTES, len(plain)):
         return None
     changes = _scratch.take("changes", len(plain))
     # Only here: a repository without tensors needs no numpy.
@@ -174,7 +174,7 @@ def base_of(stored: Plain) -> bytes:
     return bytes(stored[:HASH_BYTES])
 
 
-def _is_worth(stored_length: int, plain_length: int) -> bool:
+def _is_worth(stored_length: float, plain_length: int) -> bool:
     return stored_length * _WORTH_DENOMINATOR <= plain_length * _WORTH_NUMERATOR
 
 

@@ -107,8 +107,9 @@ class Layout:
 def find_layout(size: int, head: bytes, read_at: ReadAt) -> Layout | None:
     """The layout of a file of `size` bytes that begins with `head` (8 KiB of it, or all).
 
-    None for a file that holds no tensors, none that is understood, or too few to be worth it. What a file
-    is, its content says, never its name. Reads at most `MAX_READS` times and a few MiB.
+    None for a file that holds no tensors, none that is understood, or too few to be worth it: regions are
+    long, and gaps short and less than regions. What a file is, its content says, never its name. Reads
+    headers only, mostly 2 KiB for each region, within the budget of `Source`.
     """
     for kind, begins, find_extents in _CONTAINERS:
         if begins(head):

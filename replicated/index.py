@@ -29,12 +29,14 @@ from replicated.store.base import KeyMissing, Store
 INDEX_PREFIX: Final = "index/"
 #: "RPLX".
 APPLICATION_ID: Final = 0x52504C58
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 
 _SCHEMA = """
 CREATE TABLE packs (
     number INTEGER PRIMARY KEY,
-    name BLOB NOT NULL UNIQUE
+    name BLOB NOT NULL UNIQUE,
+    -- How long its list of bases is.
+    base_count INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE bases (
     number INTEGER PRIMARY KEY,
@@ -170,6 +172,11 @@ class Index:
         with self._lock:
             return wanted.difference(self._attempt(lambda: self._known(wanted)))
 
+    def count_bases(self) -> int:
+        """How long the lists of bases of all known packs are together."""
+        with self._lock:
+            return self._attempt(self._count_bases)
+
     def _refresh(self) -> None:
         # The known ones first: an object that is written meanwhile must not look like a vanished one.
         known = {name.hex() for (name,) in self._connection.execute("SELECT name FROM objects")}
@@ -211,6 +218,7 @@ class Index:
                 pack = _number(connection, "packs", "name", listing.name)
                 bases = {record.base for record in listing.records} - {b""}
                 base_numbers = {base: _number(connection, "bases", "id", base) for base in sorted(bases)}
+                connection.execute("UPDATE packs SET base_count = ? WHERE number = ?", (len(bases), pack))
                 connection.executemany(
                     _INSERT_CHUNK,
                     (
@@ -240,6 +248,10 @@ class Index:
             rows = self._connection.execute(f"SELECT id FROM chunks WHERE id IN ({marks})", batch)
             found.extend(chunk_id for (chunk_id,) in rows)
         return found
+
+    def _count_bases(self) -> int:
+        (count,) = self._connection.execute("SELECT coalesce(sum(base_count), 0) FROM packs").fetchone()
+        return int(count)
 
     def _attempt(self, action: Callable[[], T]) -> T:
         """Do `action`; when the database turns out to be damaged, again with a new one."""

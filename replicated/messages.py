@@ -20,7 +20,7 @@ from replicated.intake import Terms
 from replicated.journal import Job
 from replicated.mount.registry import MountInfo
 from replicated.snapshot.capture import CaptureRequest
-from replicated.usage import Usage
+from replicated.usage import Usage, UsageReport
 
 #: A century: what is more is a mistake, and must not overflow the sum.
 _MAX_STALL_NS = 100 * 365 * 86400 * 10**9
@@ -131,12 +131,32 @@ def encode_failure(job: Job) -> pb.Failure:
     )
 
 
-def encode_usage(usage: Usage) -> pb.DiskUsage:
-    """Sizes as a message."""
+def encode_usage_report(report: UsageReport) -> pb.DiskUsageReply:
+    """What `du` found as a message."""
+    return pb.DiskUsageReply(
+        experiments=map(_encode_usage, report.experiments),
+        total=_encode_usage(report.total),
+        unreferenced_bytes=report.unreferenced_bytes,
+        unreadable=[
+            pb.UnreadableSnapshot(
+                id=snapshot.id, experiment_id=snapshot.experiment_id, error=wire.encode_text(snapshot.error)
+            )
+            for snapshot in report.unreadable
+        ],
+    )
+
+
+def _encode_usage(usage: Usage) -> pb.DiskUsage:
     return pb.DiskUsage(
         id=usage.id,
         logical_bytes=usage.logical_bytes,
         unique_bytes=usage.unique_bytes,
         stored_bytes=usage.stored_bytes,
         snapshots=usage.snapshots,
+        base_bytes=usage.base_bytes,
+        metadata_bytes=usage.metadata_bytes,
+        encodings=[
+            pb.EncodedBytes(encoding=name, plain_bytes=encoded.plain_bytes, stored_bytes=encoded.stored_bytes)
+            for name, encoded in usage.encodings.items()
+        ],
     )

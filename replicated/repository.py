@@ -24,14 +24,14 @@ from replicate.errors import (
     RepositoryMissing,
     RepositoryUnreachable,
 )
-from replicate.ids import CheckpointId, ExperimentId, SnapshotId, new_id, short
+from replicate.ids import CheckpointId, ExperimentId, SnapshotId, is_id, new_id, short
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.format import metadata
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.manifest import DIRECTORY, FILE, ChunkList, DirectoryNode, FileContent
 from replicated.format.metadata import Edit, Heartbeat, Snapshot
 from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
-from replicated.index import INDEX_PREFIX, Index
+from replicated.index import INDEX_PREFIX, Index, Location
 from replicated.packer import PACK_PREFIX
 from replicated.reader import ChunkMemory, ChunkReader
 from replicated.store import open_store
@@ -252,6 +252,11 @@ class Repository:
         """Several chunks, with as few reads of the store as their places allow."""
         return self._reader.read_many(chunk_ids)
 
+    def list_snapshot_ids(self) -> list[SnapshotId]:
+        """Every snapshot, in no order."""
+        names = (info.key.removeprefix(SNAPSHOT_PREFIX) for info in self._store.list(SNAPSHOT_PREFIX))
+        return [SnapshotId(name) for name in names if is_id(name)]
+
     def list_experiment_ids(self) -> list[ExperimentId]:
         """Every experiment, in no order."""
         return [ExperimentId(name) for name in self._list_ids(EXPERIMENT_PREFIX)]
@@ -320,6 +325,10 @@ class Repository:
                     batch[chunk_id],
                     place.base,
                 )
+
+    def locate(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Location]:
+        """Where these different chunks lie."""
+        return self._reader.locate(chunk_ids)
 
     def total_stored_bytes(self) -> int:
         """Sum of the sizes of all objects in the store."""

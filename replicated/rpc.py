@@ -45,7 +45,7 @@ from replicated.messages import (
     encode_failure,
     encode_mount,
     encode_resolution,
-    encode_usage,
+    encode_usage_report,
 )
 from replicated.mount.table import MountTable
 from replicated.probe import probe_repository
@@ -470,10 +470,10 @@ class _Servicer(pb_grpc.DaemonServicer):
     @_unary
     def GetDiskUsage(self, request: pb.DiskUsageRequest) -> pb.DiskUsageReply:
         services = self._services
-        single, total = measure(
-            services.experiments, services.repositories, check_repository(request.repository), request.ids
+        repository = check_repository(request.repository)
+        return encode_usage_report(
+            measure(services.experiments, services.repositories, repository, request.ids)
         )
-        return pb.DiskUsageReply(experiments=map(encode_usage, single), total=encode_usage(total))
 
     @_unary
     def ProbeRepository(self, request: pb.ProbeRequest) -> pb.ProbeReply:

@@ -1,32 +1,79 @@
-"""`replicate du`: what experiments would take as plain copies, and what they take.
+"""`replicate du`: what experiments would take as plain copies, what they take, and what made the difference.
 
-logical: the sizes of all saved files, each snapshot counted on its own. unique: the content that is
-different, before compression. stored: what it takes in packs; in total, the size of every object in the
-repository.
+Reads the trees of all snapshots, no contents. Every figure is defined in docs/concepts.md, and a test makes
+them again from the packs alone. Invariants: the encodings add up to the unique bytes and, with the bases, to
+the stored bytes; stored bytes, metadata and what is unreferenced add up to the repository. A snapshot that
+cannot be read is named and counted nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, NamedTuple
 
-from replicate.errors import NotStored
-from replicate.ids import SnapshotId
-from replicate.records import ExperimentSummary
+from replicate.errors import NotStored, RepositoryDamaged, RepositoryIncompatible
+from replicate.ids import ExperimentId, SnapshotId
+from replicated.chunk.codec import DELTA, HASH_BYTES, PLANES, RAW, ZSTD
 from replicated.experiments import Experiments
+from replicated.format.pack import ENTRY, FOOTER, HEADER, RECORD
+from replicated.idset import IdSet
+from replicated.packer import PACK_PREFIX
 from replicated.repositories import OpenRepositories
-from replicated.repository import Repository
+from replicated.repository import Repository, StoredChunk
+
+#: How chunks of contents can be stored, in the order in which the figures are given.
+ENCODINGS: Final[Mapping[int, str]] = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", DELTA: "delta"}
+
+#: What a pack holds for each chunk besides its stored bytes.
+_PLACE_BYTES: Final = ENTRY.size + RECORD.size
+_BASES_BATCH: Final = 500
+
+
+class EncodedBytes(NamedTuple):
+    """Chunks of one encoding, before and after."""
+
+    plain_bytes: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Sizes in bytes of one experiment, or of all (`id` empty)."""
+    """The figures of one experiment, or of the whole repository (`id` empty)."""
 
     id: str
+    snapshots: int
     logical_bytes: int
     unique_bytes: int
     stored_bytes: int
-    snapshots: int
+    #: The part of `stored_bytes` for chunks in no snapshot here, without which others cannot be decoded.
+    base_bytes: int
+    metadata_bytes: int
+    #: By names, all of `ENCODINGS` at least.
+    encodings: Mapping[str, EncodedBytes]
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableSnapshot:
+    """A snapshot that is counted nowhere."""
+
+    id: SnapshotId
+    #: Empty when no record of an experiment that can be read names it.
+    experiment_id: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """What `measure` found."""
+
+    experiments: Sequence[Usage]
+    total: Usage
+    #: What packs hold that no readable snapshot needs.
+    unreferenced_bytes: int
+    unreadable: Sequence[UnreadableSnapshot]
 
 
 def measure(
@@ -34,52 +81,192 @@ def measure(
     repositories: OpenRepositories,
     repository: str,
     references: Iterable[str],
-) -> tuple[list[Usage], Usage]:
-    """The usage of each of these experiments (of all when none is given), and of the whole repository."""
-    opened = repositories.get(repository)
-    chosen = [experiments.resolve(repository, reference).summary for reference in references]
-    everything = experiments.list_experiments(repository)
-    per_experiment = [
-        _measure_one(opened, experiments, repository, summary) for summary in chosen or everything
-    ]
-    seen: set[bytes] = set()
-    logical = unique = snapshots = 0
-    for summary in everything:
-        for identifier in _snapshot_ids(experiments, repository, summary):
-            try:
-                snapshot = opened.load_snapshot(identifier)
-            except NotStored:
-                continue
-            snapshots += 1
-            logical += snapshot.root.size_bytes
-            unique += sum(plain for _, plain, _ in opened.iter_chunks(snapshot, seen))
-    total = Usage("", logical, unique, opened.total_stored_bytes(), snapshots)
-    return per_experiment, total
+) -> UsageReport:
+    """The usage of the experiments that are named (of all when none is), and of the whole repository."""
+    chosen = [experiments.resolve(repository, reference).summary.record.id for reference in references]
+    listed = [summary.record.id for summary in experiments.list_experiments(repository)]
+    return measure_repository(repositories.get(repository), listed, chosen or listed)
 
 
-def _measure_one(
-    opened: Repository, experiments: Experiments, repository: str, summary: ExperimentSummary
-) -> Usage:
-    seen: set[bytes] = set()
-    logical = unique = stored = snapshots = 0
-    for identifier in _snapshot_ids(experiments, repository, summary):
+def measure_repository(
+    repository: Repository, experiment_ids: Iterable[ExperimentId], wanted: Iterable[ExperimentId]
+) -> UsageReport:
+    """The usage of the wanted ones of all these experiments, in that order, and of the whole repository."""
+    usages: dict[ExperimentId, Usage | None] = dict.fromkeys(wanted)
+    survey = _Survey(repository)
+    for experiment_id in experiment_ids:
+        usage = survey.count(experiment_id, is_wanted=experiment_id in usages)
+        if usage is not None:
+            usages[experiment_id] = usage
+    total, unreferenced = survey.finish()
+    rows = [usage for usage in usages.values() if usage is not None]
+    return UsageReport(rows, total, unreferenced, survey.unreadable)
+
+
+class _Survey:
+    """Goes through all snapshots of a repository, experiment by experiment."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        #: Those that have not been looked at.
+        self._left = dict.fromkeys(repository.list_snapshot_ids())
+        self._total = _Census()
+        self.unreadable: list[UnreadableSnapshot] = []
+
+    def count(self, experiment_id: ExperimentId, *, is_wanted: bool) -> Usage | None:
+        """Count an experiment for the total and, if it is wanted, on its own."""
+        own = _Census() if is_wanted else None
+        checkpoints = self._repository.list_checkpoint_ids(experiment_id)
+        for name in (experiment_id, *checkpoints):
+            if (snapshot_id := SnapshotId(name)) in self._left:
+                self._take(snapshot_id, experiment_id, own)
+        return own.usage(experiment_id) if own is not None else None
+
+    def finish(self) -> tuple[Usage, int]:
+        """The whole repository, and how many bytes of it no snapshot needs."""
+        for snapshot_id in list(self._left):
+            # The record that names it is damaged, or is about to be written.
+            self._take(snapshot_id, "", None)
+        unreferenced, others = self._weigh_objects()
+        usage = self._total.usage("")
+        return replace(usage, metadata_bytes=usage.metadata_bytes + others), unreferenced
+
+    def _take(self, snapshot_id: SnapshotId, experiment_id: str, own: _Census | None) -> None:
+        del self._left[snapshot_id]
+        censuses = [self._total] if own is None else [own, self._total]
         try:
-            snapshot = opened.load_snapshot(identifier)
+            snapshot = self._repository.load_snapshot(snapshot_id)
+            # In the order of their seeing: what is not new to an experiment is not new in total.
+            first, *rest = censuses
+            for chunk in self._repository.iter_chunks(snapshot, first.seen):
+                first.add(chunk, self._repository)
+                for census in rest:
+                    if census.seen.add(chunk.id):
+                        census.add(chunk, self._repository)
+            for census in censuses:
+                census.settle(self._repository)
         except NotStored:
-            continue
-        snapshots += 1
-        logical += snapshot.root.size_bytes
-        for _, plain, packed in opened.iter_chunks(snapshot, seen):
-            unique += plain
-            stored += packed
-    return Usage(summary.record.id, logical, unique, stored, snapshots)
+            pass  # removed since it was listed
+        except (RepositoryDamaged, RepositoryIncompatible) as error:
+            for census in censuses:
+                census.undo()
+            self.unreadable.append(UnreadableSnapshot(snapshot_id, experiment_id, error.message))
+        else:
+            for census in censuses:
+                census.keep(snapshot.root.size_bytes)
+
+    def _weigh_objects(self) -> tuple[int, int]:
+        """Bytes of packs that no snapshot needs, and all other bytes that are not stored bytes of chunks."""
+        index = self._repository.index
+        index.refresh()
+        packed = others = 0
+        frames = index.count_bases() * HASH_BYTES
+        for info in self._repository.store.list(""):
+            if info.key.startswith(PACK_PREFIX):
+                packed += info.size
+                frames += HEADER.size + FOOTER.size
+            else:
+                others += info.size
+        places = self._total.place_count * _PLACE_BYTES
+        # Packs that are lost cannot hold what should be in them.
+        unreferenced = max(0, packed - frames - places - self._total.placed_bytes)
+        return unreferenced, others + frames + places
 
 
-def _snapshot_ids(experiments: Experiments, repository: str, summary: ExperimentSummary) -> list[SnapshotId]:
-    identifiers = [SnapshotId(summary.record.id)] if summary.record.paths else []
-    identifiers += [
-        SnapshotId(checkpoint.id)
-        for checkpoint in experiments.checkpoints(repository, summary.record.id)
-        if checkpoint.paths
-    ]
-    return identifiers
+@dataclass(slots=True)
+class _Sums:
+    """What a census has added up."""
+
+    snapshots: int = 0
+    logical_bytes: int = 0
+    base_bytes: int = 0
+    node_bytes: int = 0
+    #: Chunks, bases and nodes.
+    place_count: int = 0
+    #: Of chunks of contents, by codec.
+    plain_bytes: Counter[int] = field(default_factory=Counter)
+    stored_bytes: Counter[int] = field(default_factory=Counter)
+
+
+class _Census:
+    """Adds up the chunks of snapshots, each chunk once, and can take the last snapshot back."""
+
+    def __init__(self) -> None:
+        #: Of chunks and nodes that were added; for `Repository.iter_chunks`.
+        self.seen = IdSet()
+        #: Ids that were met as bases; they may be in `seen` as well, then they count as what they are there.
+        self._bases = IdSet()
+        #: Bases whose sizes are still to be looked up.
+        self._new_bases: list[bytes] = []
+        self._sums = _Sums()
+        self._kept = _Sums()
+
+    @property
+    def place_count(self) -> int:
+        """How many places in packs are needed."""
+        return self._sums.place_count
+
+    @property
+    def placed_bytes(self) -> int:
+        """The stored bytes in these places."""
+        sums = self._sums
+        return sums.stored_bytes.total() + sums.base_bytes + sums.node_bytes
+
+    def add(self, chunk: StoredChunk, repository: Repository) -> None:
+        """Count a chunk or node that was not in `seen` before."""
+        sums = self._sums
+        sums.place_count += 1
+        if chunk.is_node:
+            sums.node_bytes += chunk.stored_length
+        else:
+            sums.plain_bytes[chunk.codec] += chunk.plain_length
+            sums.stored_bytes[chunk.codec] += chunk.stored_length
+        if chunk.id in self._bases:
+            self._count_base(chunk.stored_length, -1)
+        if chunk.base and chunk.base not in self.seen and self._bases.add(chunk.base):
+            self._new_bases.append(chunk.base)
+            if len(self._new_bases) >= _BASES_BATCH:
+                self.settle(repository)
+
+    def settle(self, repository: Repository) -> None:
+        """Count what was met as a base; raises `RepositoryDamaged` when one is nowhere."""
+        for location in repository.locate(self._new_bases).values():
+            self._count_base(location.stored_length, 1)
+        self._new_bases.clear()
+
+    def keep(self, logical_bytes: int) -> None:
+        """Let what was added stay: it was a snapshot of this size."""
+        self._sums.snapshots += 1
+        self._sums.logical_bytes += logical_bytes
+        self._kept = copy.deepcopy(self._sums)
+        self.seen.keep()
+        self._bases.keep()
+
+    def undo(self) -> None:
+        """Take back what was added since the last `keep`."""
+        self._sums = copy.deepcopy(self._kept)
+        self._new_bases.clear()
+        self.seen.undo()
+        self._bases.undo()
+
+    def usage(self, identifier: str) -> Usage:
+        """The figures of what was kept."""
+        sums = self._sums
+        names = {codec: ENCODINGS.get(codec, f"codec {codec}") for codec in {*ENCODINGS, *sums.plain_bytes}}
+        return Usage(
+            id=identifier,
+            snapshots=sums.snapshots,
+            logical_bytes=sums.logical_bytes,
+            unique_bytes=sums.plain_bytes.total(),
+            stored_bytes=sums.stored_bytes.total() + sums.base_bytes,
+            base_bytes=sums.base_bytes,
+            metadata_bytes=sums.node_bytes,
+            encodings={
+                names[codec]: EncodedBytes(sums.plain_bytes[codec], sums.stored_bytes[codec])
+                for codec in sorted(names)
+            },
+        )
+
+    def _count_base(self, stored_length: int, times: int) -> None:
+        self._sums.base_bytes += stored_length * times
+        self._sums.place_count += times

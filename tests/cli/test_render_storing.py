@@ -5,13 +5,21 @@ import pytest
 
 from replicate.channel import DaemonInfo
 from replicate.cli.render.storing import (
+    describe_unreadable,
     disk_usage_json,
     render_disk_usage,
     render_failures,
     render_status,
     status_json,
 )
-from replicate.query import DaemonStatus, DiskUsage, DiskUsageReport, Failure
+from replicate.query import (
+    DaemonStatus,
+    DiskUsage,
+    DiskUsageReport,
+    EncodedBytes,
+    Failure,
+    UnreadableSnapshot,
+)
 
 
 @pytest.fixture
@@ -127,22 +135,55 @@ def test_status_json_of_an_idle_daemon_has_nulls(idle):
 
 REPORT = DiskUsageReport(
     experiments=(
-        DiskUsage("aa" + "0" * 62, logical_bytes=4096, unique_bytes=2048, stored_bytes=1024, snapshots=1234),
-        DiskUsage("bb" + "0" * 62, logical_bytes=0, unique_bytes=0, stored_bytes=0, snapshots=0),
+        DiskUsage("aa" + "0" * 62, 1234, logical_bytes=4096, unique_bytes=2048, stored_bytes=1024),
+        DiskUsage("bb" + "0" * 62),
     ),
-    total=DiskUsage("", logical_bytes=4096, unique_bytes=2048, stored_bytes=1536, snapshots=1234),
+    total=DiskUsage(
+        snapshots=1234,
+        logical_bytes=4096,
+        unique_bytes=2048,
+        stored_bytes=1536,
+        base_bytes=512,
+        metadata_bytes=100,
+        encodings={
+            "raw": EncodedBytes(512, 512),
+            "zstd": EncodedBytes(0, 0),
+            "delta": EncodedBytes(1536, 512),
+        },
+    ),
+    unreferenced_bytes=7,
 )
 
 
 def test_disk_usage_says_what_saved_space(view):
     assert render_disk_usage(REPORT, view) == (
-        "EXPERIMENT  SNAPSHOTS  LOGICAL   UNIQUE   STORED\n"
-        "aa00000         1,234  4.0 KiB  2.0 KiB  1.0 KiB\n"
-        "bb00000             0      0 B      0 B      0 B\n"
-        "total           1,234  4.0 KiB  2.0 KiB  1.5 KiB\n"
+        "EXPERIMENT  SNAPSHOTS  LOGICAL   UNIQUE   STORED  DEDUP  COMPRESSION\n"
+        "aa00000         1,234  4.0 KiB  2.0 KiB  1.0 KiB    50%          50%\n"
+        "bb00000             0      0 B      0 B      0 B      -            -\n"
+        "total           1,234  4.0 KiB  2.0 KiB  1.5 KiB    50%          25%\n"
+        "\n"
+        "ENCODING     UNIQUE  STORED  SAVED\n"
+        "raw           512 B   512 B     0%\n"
+        "delta       1.5 KiB   512 B    67%\n"
+        "bases only        -   512 B      -\n"
         "\n"
         "Deduplication saved 2.0 KiB (50%); compression saved 512 B (25%)\n"
+        "The repository takes 1.6 KiB: 1.5 KiB of contents, 100 B of metadata, 7 B that nothing refers to\n"
     )
+
+
+def test_disk_usage_is_honest_when_nothing_was_saved(view):
+    usage = DiskUsage(snapshots=1, logical_bytes=10, unique_bytes=10, stored_bytes=10)
+    text = render_disk_usage(DiskUsageReport(total=usage), view)
+    assert "\nDeduplication saved nothing; compression saved nothing\n" in text
+    assert text.endswith("The repository takes 10 B: 10 B of contents, 0 B of metadata\n")
+
+
+def test_disk_usage_is_honest_when_bases_take_more_than_deltas_save(view):
+    usage = DiskUsage(snapshots=1, logical_bytes=1000, unique_bytes=1000, stored_bytes=1200, base_bytes=900)
+    text = render_disk_usage(DiskUsageReport(total=usage), view)
+    assert " 1000 B  1.2 KiB     0%         -20%\n" in text
+    assert "Deduplication saved nothing; what is left takes 200 B more, with the bases of deltas\n" in text
 
 
 def test_the_last_row_is_the_repository_when_only_some_experiments_are_shown(view):
@@ -152,10 +193,34 @@ def test_the_last_row_is_the_repository_when_only_some_experiments_are_shown(vie
 def test_disk_usage_json_has_the_total_at_the_top():
     data = disk_usage_json(REPORT)
     assert (data["logical_bytes"], data["unique_bytes"], data["stored_bytes"]) == (4096, 2048, 1536)
+    assert (data["metadata_bytes"], data["unreferenced_bytes"], data["repository_bytes"]) == (100, 7, 1643)
+    assert data["encodings"]["delta"] == {"plain_bytes": 1536, "stored_bytes": 512}
+    assert data["unreadable"] == []
     assert data["experiments"][0] == {
         "id": "aa" + "0" * 62,
         "logical_bytes": 4096,
         "unique_bytes": 2048,
         "stored_bytes": 1024,
+        "saved_by_deduplication_bytes": 2048,
+        "saved_by_compression_bytes": 1024,
+        "encodings": {},
+        "base_bytes": 0,
+        "metadata_bytes": 0,
         "snapshots": 1234,
     }
+
+
+def test_snapshots_that_are_left_out_are_named_by_what_they_are_of():
+    experiment, checkpoint = "ee" + "0" * 62, "cc" + "0" * 62
+    unreadable = (
+        UnreadableSnapshot(checkpoint, experiment, "torn"),
+        UnreadableSnapshot(experiment, experiment, "torn"),
+        UnreadableSnapshot(checkpoint, "", "torn"),
+    )
+    assert [describe_unreadable(snapshot) for snapshot in unreadable] == [
+        "checkpoint cc00000 of ee00000",
+        "experiment ee00000, what `init` saved,",
+        "snapshot cc00000",
+    ]
+    data = disk_usage_json(replace(REPORT, unreadable=unreadable[2:]))
+    assert data["unreadable"] == [{"id": checkpoint, "experiment_id": None, "error": "torn"}]

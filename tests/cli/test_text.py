@@ -14,6 +14,7 @@ from replicate.cli.text import (
     format_mode,
     format_moment,
     format_name,
+    format_share,
     format_shell_word,
     format_value,
     format_value_short,
@@ -175,6 +176,25 @@ def test_values_are_cut_only_on_request():
 )
 def test_format_mode(kind, mode, expected):
     assert format_mode(FileEntry("x", kind, mode, 0, 0, "")) == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "expected"),
+    [
+        (0, 0, "-"),
+        (0, 5, "0%"),
+        (1, 10**6, "<1%"),
+        (1, 100, "1%"),
+        (42, 100, "42%"),
+        (99, 100, "99%"),
+        (999, 1000, ">99%"),
+        (5, 5, "100%"),
+        (-1, 10**6, "-1%"),
+        (-7, 5, "-140%"),
+    ],
+)
+def test_a_share_is_never_rounded_to_nothing_or_all(part, whole, expected):
+    assert format_share(part, whole) == expected
 
 
 def test_counting_words():

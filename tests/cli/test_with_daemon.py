@@ -288,8 +288,40 @@ def test_du(project):
     usage = project.json("du")
     assert usage["logical_bytes"] > usage["unique_bytes"] > 0
     assert len(usage["experiments"]) == 2
-    assert project.replicate("du").splitlines()[-1].startswith("Deduplication saved ")
-    assert len(project.json("du", "latest")["experiments"]) == 1
+    *_, saved, takes = project.replicate("du").splitlines()
+    assert saved.startswith("Deduplication saved ") and takes.startswith("The repository takes ")
+    repository = project.directory / ".replicate"
+    size = sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
+    assert usage["repository_bytes"] == size
+    only = project.json("du", "latest")
+    assert len(only.pop("experiments")) == 1
+    assert only == {name: usage[name] for name in only}
+
+
+def test_du_names_a_damaged_snapshot_and_counts_the_others(own_project):
+    own_project.train(0.01)
+    before = own_project.json("du")
+    experiment_id = own_project.json("show", "latest")["id"]
+    damaged = own_project.directory / ".replicate" / "snapshots" / experiment_id
+    damaged.chmod(0o600)
+    damaged.write_bytes(b"{}")
+    result = own_project.run("du", "--json")
+    usage = json.loads(result.stdout)
+    assert result.returncode == 1
+    named = f"error: experiment {experiment_id[:7]}, what `init` saved, is left out: snapshots/"
+    assert named in result.stderr
+    assert [snapshot["id"] for snapshot in usage["unreadable"]] == [experiment_id]
+    assert usage["snapshots"] == before["snapshots"] - 1
+    assert usage["experiments"][0] == before["experiments"][0]
+
+
+def test_du_after_everything_was_removed(own_project):
+    own_project.replicate("rm", "-f", "latest")
+    result = own_project.run("du", "--json")
+    usage = json.loads(result.stdout)
+    assert (usage["stored_bytes"], usage["experiments"]) == (0, [])
+    assert usage["unreferenced_bytes"] > 0
+    assert "There are no experiments in " in own_project.run("du").stderr
 
 
 def test_doctor_finds_everything_in_order_here(project):

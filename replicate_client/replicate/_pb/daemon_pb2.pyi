@@ -622,26 +622,56 @@ class DiskUsageRequest(_message.Message):
     def __init__(self, repository: _Optional[str] = ..., ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DiskUsage(_message.Message):
-    __slots__ = ("id", "logical_bytes", "unique_bytes", "stored_bytes", "snapshots")
+    __slots__ = ("id", "logical_bytes", "unique_bytes", "stored_bytes", "snapshots", "base_bytes", "metadata_bytes", "encodings")
     ID_FIELD_NUMBER: _ClassVar[int]
     LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNIQUE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    BASE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    METADATA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     id: str
     logical_bytes: int
     unique_bytes: int
     stored_bytes: int
     snapshots: int
-    def __init__(self, id: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ...) -> None: ...
+    base_bytes: int
+    metadata_bytes: int
+    encodings: _containers.RepeatedCompositeFieldContainer[EncodedBytes]
+    def __init__(self, id: _Optional[str] = ..., logical_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., snapshots: _Optional[int] = ..., base_bytes: _Optional[int] = ..., metadata_bytes: _Optional[int] = ..., encodings: _Optional[_Iterable[_Union[EncodedBytes, _Mapping]]] = ...) -> None: ...
+
+class EncodedBytes(_message.Message):
+    __slots__ = ("encoding", "plain_bytes", "stored_bytes")
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    encoding: str
+    plain_bytes: int
+    stored_bytes: int
+    def __init__(self, encoding: _Optional[str] = ..., plain_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
+
+class UnreadableSnapshot(_message.Message):
+    __slots__ = ("id", "experiment_id", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    experiment_id: str
+    error: str
+    def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class DiskUsageReply(_message.Message):
-    __slots__ = ("experiments", "total")
+    __slots__ = ("experiments", "total", "unreferenced_bytes", "unreadable")
     EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    UNREFERENCED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNREADABLE_FIELD_NUMBER: _ClassVar[int]
     experiments: _containers.RepeatedCompositeFieldContainer[DiskUsage]
     total: DiskUsage
-    def __init__(self, experiments: _Optional[_Iterable[_Union[DiskUsage, _Mapping]]] = ..., total: _Optional[_Union[DiskUsage, _Mapping]] = ...) -> None: ...
+    unreferenced_bytes: int
+    unreadable: _containers.RepeatedCompositeFieldContainer[UnreadableSnapshot]
+    def __init__(self, experiments: _Optional[_Iterable[_Union[DiskUsage, _Mapping]]] = ..., total: _Optional[_Union[DiskUsage, _Mapping]] = ..., unreferenced_bytes: _Optional[int] = ..., unreadable: _Optional[_Iterable[_Union[UnreadableSnapshot, _Mapping]]] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
     __slots__ = ("repository",)

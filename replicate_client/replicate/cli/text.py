@@ -143,6 +143,18 @@ def _shell_character(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape"))
 
 
+def format_share(part: float, whole: float) -> str:
+    """A part of a whole in percent, never rounded to nothing or all: `0%`, `<1%`, `42%`, `>99%`, or `-`."""
+    if not whole:
+        return "-"
+    share = part / whole
+    if 0 < share < 0.01:
+        return "<1%"
+    if 0.99 < share < 1:
+        return ">99%"
+    return f"{min(share, -0.01) if share < 0 else share:.0%}"
+
+
 def format_mode(entry: FileEntry) -> str:
     """Type and permissions as `ls -l` writes them, for example `-rw-r--r--`."""
     kind = {"file": "-", "directory": "d", "symlink": "l"}[entry.type]

@@ -9,6 +9,7 @@ from replicate.cli.arguments import check_number, id_argument, ids_argument, jso
 from replicate.cli.grammar import Command
 from replicate.cli.render.storing import (
     describe_queue,
+    describe_unreadable,
     disk_usage_json,
     render_disk_usage,
     render_failures,
@@ -19,6 +20,9 @@ from replicate.cli.session import Session
 from replicate.errors import ReplicateError, RepositoryMissing
 from replicate.ids import parse_reference
 from replicate.phrases import escape, format_size, plural
+
+#: Of the snapshots that `du` leaves out.
+_MAX_NAMED = 5
 
 
 @click.command(cls=Command)
@@ -107,11 +111,18 @@ def flush(session: Session, reference: str | None, timeout_s: float | None, as_j
 @json_option
 @click.pass_obj
 def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
-    """Show how much space experiments take.
+    """Show how much space experiments take, and what saved it.
 
-    LOGICAL is what was saved, UNIQUE what is left when equal pieces are counted once, STORED what lies in
-    the repository after compression. What experiments share is counted for each, but once in the last row,
-    which is the whole repository.
+    LOGICAL is what was saved, UNIQUE what is left when equal pieces are counted once, STORED what these
+    take in the repository. DEDUP is how much of LOGICAL was saved by counting once, COMPRESSION how much of
+    UNIQUE by how it is stored. What experiments share is counted for each, but once in the last row, which
+    is the whole repository.
+
+    The second table says how the pieces are stored: as they are (raw), compressed (zstd), as planes of
+    bytes of numbers (planes), or as the difference from an earlier checkpoint (delta). "Bases only" are
+    pieces of snapshots that were removed, which deltas still need.
+
+    Exits with 1 if a snapshot is damaged, which is then left out. docs/concepts.md defines every figure.
 
     \b
     Examples:
@@ -127,13 +138,20 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
     except RepositoryMissing:
         if references or project.repository_origin != "default":
             raise
-        report = query.DiskUsageReport((), query.DiskUsage("", 0, 0, 0, 0))
+        report = query.DiskUsageReport()
     if as_json:
         console.write_json(disk_usage_json(report))
     elif report.experiments:
         console.write(render_disk_usage(report, console.view, chosen=bool(references)))
     else:
-        console.note(f"There are no experiments in {escape(project.repository)} ({format_size(0)})")
+        size = format_size(report.repository_bytes)
+        console.note(f"There are no experiments in {escape(project.repository)} ({size})")
+    for snapshot in report.unreadable[:_MAX_NAMED]:
+        console.fail(f"{describe_unreadable(snapshot)} is left out: {snapshot.error}")
+    if more := len(report.unreadable[_MAX_NAMED:]):
+        console.fail(f"{plural(more, 'more snapshot')} left out", hint="`replicate du --json` names them all")
+    if report.unreadable:
+        raise Exit(1)
 
 
 def _find_id(session: Session, reference: str) -> str:

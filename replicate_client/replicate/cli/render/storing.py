@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from replicate.cli.json_output import Json, time_json
 from replicate.cli.render.fields import render_fields, render_section
 from replicate.cli.table import Cell, Column, render_table
-from replicate.cli.text import format_age, format_duration
+from replicate.cli.text import format_age, format_duration, format_share
 from replicate.cli.view import View
 from replicate.ids import short
 from replicate.phrases import escape, format_size, plural
 from replicate.records import paths_argument
 
 if TYPE_CHECKING:
-    from replicate.query import DaemonStatus, DiskUsage, DiskUsageReport, Failure
+    from replicate.query import DaemonStatus, DiskUsage, DiskUsageReport, Failure, UnreadableSnapshot
 
 
 def render_status(status: DaemonStatus, view: View) -> str:
@@ -99,34 +99,42 @@ def status_json(status: DaemonStatus) -> dict[str, Json]:
 
 
 def render_disk_usage(report: DiskUsageReport, view: View, *, chosen: bool = False) -> str:
-    """A row an experiment, the whole repository, and what saved the difference.
+    """A row an experiment, the whole repository, how that is stored, and what saved the difference.
 
     `chosen`: the rows are not all experiments, so that they do not add up to the last.
     """
-    columns = [
-        Column("EXPERIMENT"),
-        *(Column(heading, right=True) for heading in ("SNAPSHOTS", "LOGICAL", "UNIQUE", "STORED")),
-    ]
+    headings = ("SNAPSHOTS", "LOGICAL", "UNIQUE", "STORED", "DEDUP", "COMPRESSION")
+    columns = [Column("EXPERIMENT"), *(Column(heading, right=True) for heading in headings)]
     rows = [_usage_row(Cell(short(usage.id), "cyan"), usage) for usage in report.experiments]
-    total = report.total
-    rows.append(_usage_row(Cell("repository" if chosen else "total", "bold"), total))
-    saved = [
-        f"{words} saved {format_size(before - after)} ({(before - after) / before:.0%})"
-        for words, before, after in (
-            ("deduplication", total.logical_bytes, total.unique_bytes),
-            ("compression", total.unique_bytes, total.stored_bytes),
-        )
-        if before > after
+    rows.append(_usage_row(Cell("repository" if chosen else "total", "bold"), report.total))
+    parts = [
+        render_table(columns, rows, view),
+        _render_encodings(report.total, view),
+        f"{_describe_saved(report.total)}\n{_describe_repository(report)}\n",
     ]
-    text = render_table(columns, rows, view)
-    return text + (f"\n{'; '.join(saved)[:1].upper()}{'; '.join(saved)[1:]}\n" if saved else "")
+    return "\n".join(part for part in parts if part)
+
+
+def describe_unreadable(snapshot: UnreadableSnapshot) -> str:
+    """Whose files are not counted."""
+    if not snapshot.experiment_id:
+        return f"snapshot {short(snapshot.id)}"
+    if snapshot.id == snapshot.experiment_id:
+        return f"experiment {short(snapshot.id)}, what `init` saved,"
+    return f"checkpoint {short(snapshot.id)} of {short(snapshot.experiment_id)}"
 
 
 def disk_usage_json(report: DiskUsageReport) -> dict[str, Json]:
     """The total at the top, and the experiments."""
     return {
         **_usage_json(report.total),
+        "unreferenced_bytes": report.unreferenced_bytes,
+        "repository_bytes": report.repository_bytes,
         "experiments": [{"id": usage.id, **_usage_json(usage)} for usage in report.experiments],
+        "unreadable": [
+            {"id": snapshot.id, "experiment_id": snapshot.experiment_id or None, "error": snapshot.error}
+            for snapshot in report.unreadable
+        ],
     }
 
 
@@ -155,7 +163,58 @@ def _failure_json(failure: Failure) -> dict[str, Json]:
 
 def _usage_row(name: Cell, usage: DiskUsage) -> list[Cell]:
     sizes = (usage.logical_bytes, usage.unique_bytes, usage.stored_bytes)
-    return [name, Cell(f"{usage.snapshots:,}"), *(Cell(format_size(size)) for size in sizes)]
+    return [
+        name,
+        Cell(f"{usage.snapshots:,}"),
+        *(Cell(format_size(size)) for size in sizes),
+        Cell(format_share(usage.saved_by_deduplication, usage.logical_bytes)),
+        Cell(format_share(usage.saved_by_compression, usage.unique_bytes)),
+    ]
+
+
+def _render_encodings(usage: DiskUsage, view: View) -> str:
+    """A row for each encoding that is used."""
+    columns = [
+        Column("ENCODING"),
+        *(Column(heading, right=True) for heading in ("UNIQUE", "STORED", "SAVED")),
+    ]
+    rows = [
+        [
+            Cell(escape(name)),
+            Cell(format_size(plain)),
+            Cell(format_size(stored)),
+            Cell(format_share(plain - stored, plain)),
+        ]
+        for name, (plain, stored) in usage.encodings.items()
+        if plain
+    ]
+    if usage.base_bytes:
+        rows.append([Cell("bases only"), Cell("-"), Cell(format_size(usage.base_bytes)), Cell("-")])
+    return render_table(columns, rows, view) if rows else ""
+
+
+def _describe_saved(usage: DiskUsage) -> str:
+    deduplicated = _describe_part(usage.saved_by_deduplication, usage.logical_bytes)
+    if usage.saved_by_compression < 0:
+        more = format_size(-usage.saved_by_compression)
+        return f"Deduplication saved {deduplicated}; what is left takes {more} more, with the bases of deltas"
+    compressed = _describe_part(usage.saved_by_compression, usage.unique_bytes)
+    return f"Deduplication saved {deduplicated}; compression saved {compressed}"
+
+
+def _describe_part(saved: int, whole: int) -> str:
+    return f"{format_size(saved)} ({format_share(saved, whole)})" if saved else "nothing"
+
+
+def _describe_repository(report: DiskUsageReport) -> str:
+    parts = [
+        f"{format_size(report.total.stored_bytes)} of contents",
+        f"{format_size(report.total.metadata_bytes)} of metadata",
+    ]
+    if report.unreferenced_bytes:
+        who = "nothing readable" if report.unreadable else "nothing"
+        parts.append(f"{format_size(report.unreferenced_bytes)} that {who} refers to")
+    return f"The repository takes {format_size(report.repository_bytes)}: {', '.join(parts)}"
 
 
 def _usage_json(usage: DiskUsage) -> dict[str, Json]:
@@ -163,5 +222,13 @@ def _usage_json(usage: DiskUsage) -> dict[str, Json]:
         "logical_bytes": usage.logical_bytes,
         "unique_bytes": usage.unique_bytes,
         "stored_bytes": usage.stored_bytes,
+        "saved_by_deduplication_bytes": usage.saved_by_deduplication,
+        "saved_by_compression_bytes": usage.saved_by_compression,
+        "encodings": {
+            name: {"plain_bytes": plain, "stored_bytes": stored}
+            for name, (plain, stored) in usage.encodings.items()
+        },
+        "base_bytes": usage.base_bytes,
+        "metadata_bytes": usage.metadata_bytes,
         "snapshots": usage.snapshots,
     }

@@ -1,0 +1,62 @@
+"""Moving the bytes of numbers into planes and back."""
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from replicated.chunk.planes import merge, split, xor
+
+WIDTHS = st.sampled_from([1, 2, 4, 8])
+
+
+def planes_of(plain: bytes, width: int) -> list[bytes]:
+    count = len(plain) // width
+    room = memoryview(bytearray(count * width))
+    split(plain, width, room)
+    return [bytes(room[plane * count : (plane + 1) * count]) for plane in range(width)]
+
+
+@given(st.binary(max_size=200), WIDTHS)
+def test_plane_is_every_byte_of_one_significance(plain: bytes, width: int) -> None:
+    whole = plain[: len(plain) // width * width]
+    assert planes_of(plain, width) == [whole[plane::width] for plane in range(width)]
+
+
+@given(st.binary(max_size=200), WIDTHS, st.integers(0, 7))
+def test_merging_undoes_splitting_at_any_address(plain: bytes, width: int, offset: int) -> None:
+    shifted = memoryview(b"x" * offset + plain)[offset:]
+    room = memoryview(bytearray(len(plain) // width * width + offset))[offset:]
+    split(shifted, width, room)
+    count = len(plain) // width
+    planes = [room[plane * count : (plane + 1) * count] for plane in range(width)]
+    assert merge(planes, plain[count * width :]) == plain
+
+
+@given(st.binary(min_size=1, max_size=200), WIDTHS, st.randoms(use_true_random=False))
+def test_merging_with_a_base_undoes_splitting_a_difference(plain: bytes, width: int, numbers: Random) -> None:
+    base = numbers.randbytes(len(plain))
+    difference = bytearray(len(plain))
+    xor(plain, base, memoryview(difference))
+    assert difference == bytes(a ^ b for a, b in zip(plain, base, strict=True))
+    tail = bytes(difference)[len(plain) // width * width :]
+    assert merge(planes_of(bytes(difference), width), tail, base) == plain
+
+
+def test_nothing_but_a_tail_is_left_as_it_is() -> None:
+    assert merge([b""] * 8, b"abc") == b"abc"
+    assert merge([b""] * 8, b"abc", b"\0 \0") == b"aBc"
+    assert merge([b""], b"", b"") == b""
+
+
+def test_xor_may_overwrite_what_it_reads() -> None:
+    data = bytearray(b"\x0f\xf0")
+    xor(data, b"\xff\xff", memoryview(data))
+    assert data == b"\xf0\x0f"
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_largest_chunks_are_split_and_merged(width: int) -> None:
+    plain = bytes(range(256)) * (1 << 16)
+    assert merge(planes_of(plain, width), b"") == plain

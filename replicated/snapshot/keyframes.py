@@ -14,6 +14,7 @@ import re
 import sqlite3
 import zlib
 from collections.abc import Iterable, Sequence
+from operator import ne
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -117,6 +118,8 @@ class Keyframes:
         self._cache = Cache(files, "cache of keyframes")
         self._learned = _Learned()
         self._saved_bytes = 0
+        #: Of the file before, for what they are for: samples of a data set come by the thousand.
+        self._candidates: tuple[tuple[bytes, bytes, int], _Candidates] | None = None
 
     def series(self, experiment: str, path: bytes, layout: Layout, generation: int) -> Series:
         """What was learned from the checkpoints before the file at `path`; nothing if there are none.
@@ -141,7 +144,7 @@ class Keyframes:
 
         def find(connection: sqlite3.Connection) -> Series:
             try:
-                return go_on(_find(connection, key, generation))
+                return go_on(self._find(connection, key, generation))
             except ValueError as error:
                 raise sqlite3.DatabaseError(f"a series is damaged: {error}") from error
 
@@ -160,6 +163,7 @@ class Keyframes:
     def forget(self) -> None:
         """Drop it: the files may not be in the repository."""
         self._learned = _Learned()
+        self._candidates = None
 
     def prune(self) -> None:
         """Forget all but the `KEPT_BYTES` that were saved last."""
@@ -170,52 +174,81 @@ class Keyframes:
         """Close the file; may be called twice, and nothing is found or kept afterwards."""
         self._cache.close()
 
-
-def _find(connection: sqlite3.Connection, key: _Key, generation: int) -> _Found | None:
-    """The file that is most likely the one before."""
-    found = connection.execute(
-        "SELECT id FROM series WHERE (family, signature, numbers) = (?, ?, ?) AND generation = ?",
-        (*key, generation),
-    ).fetchone()
-    if found is None:
-        candidates = connection.execute(
-            "SELECT id, signature, numbers, lineage FROM series WHERE family = ? AND generation = ?"
-            " ORDER BY id DESC LIMIT ?",
-            (key.family, generation, _MAX_CANDIDATES),
-        ).fetchall()
-        if not candidates:
-            return None
-        found = (_choose(candidates, key),)
-    row = connection.execute(
-        "SELECT family, signature, numbers, lineage, checksum, state FROM series WHERE id = ?", found
-    ).fetchone()
-    if row is None:
-        return None  # another process has removed it
-    *fields, lineage, checksum, state = row
-    if checksum != _checksum(_Key(*fields), state):
-        raise sqlite3.DatabaseError("the row of a series is damaged")
-    return _Found(lineage, state)
+    def _find(self, connection: sqlite3.Connection, key: _Key, generation: int) -> _Found | None:
+        """The file that is most likely the one before."""
+        found = connection.execute(
+            "SELECT id FROM series WHERE (family, signature, numbers) = (?, ?, ?) AND generation = ?",
+            (*key, generation),
+        ).fetchone()
+        if found is None:
+            purpose = (key.family, key.signature, generation)
+            if self._candidates is None or self._candidates[0] != purpose:
+                self._candidates = purpose, _read_candidates(connection, *purpose)
+            found = (self._candidates[1].choose(key.numbers),)
+        # They may have been read from a file that was replaced since.
+        row = connection.execute(
+            "SELECT family, signature, numbers, lineage, checksum, state FROM series"
+            " WHERE id = ? AND family = ? AND generation = ?",
+            (*found, key.family, generation),
+        ).fetchone()
+        if row is None:
+            return None  # there was none, or another process has removed it
+        *fields, lineage, checksum, state = row
+        if checksum != _checksum(_Key(*fields), state):
+            raise sqlite3.DatabaseError("the row of a series is damaged")
+        return _Found(lineage, state)
 
 
-def _choose(candidates: Sequence[tuple[int, bytes, bytes, bytes]], key: _Key) -> int:
-    """The id of one of the files of a family, which come with the one saved last first.
+class _Candidates:
+    """Files of a family, one of which was most likely the checkpoint before.
 
-    One with the same tensors, if there is any. Of those, one with the same numbers: the shard, or the fold.
-    Numbers in which files differ that resemble each other do not matter: the step, or the loss. Of several
-    the last one.
+    That is one with the same tensors, if there is any. Of those, one with the same numbers: the shard, or
+    the fold. Numbers in which files differ that resemble each other do not matter: the step, or the loss.
+    Of several the last one.
     """
-    rows = [row for row in candidates if row[1] == key.signature] or candidates
-    last: dict[bytes, bytes] = {}
-    changing: set[int] = set()
-    for _, _, numbers, lineage in rows:
-        changing |= _difference(numbers, last.setdefault(lineage, numbers))
-    return min(rows, key=lambda row: len(_difference(row[2], key.numbers) - changing))[0]
+
+    def __init__(self, files: Sequence[tuple[int, bytes, bytes]]) -> None:
+        """Id, numbers and lineage of each, the one saved last first."""
+        changing: set[int] = set()
+        last: dict[bytes, list[bytes]] = {}
+        for _, numbers, lineage in files:
+            mine = numbers.split()
+            others = last.setdefault(lineage, mine)
+            changing |= {place for place, number in enumerate(mine) if others[place : place + 1] != [number]}
+        self._changing = changing
+        #: The last ones, by the numbers that matter.
+        self._last: dict[tuple[bytes, ...], int] = {}
+        for row, numbers, _ in files:
+            self._last.setdefault(self._what_matters(numbers), row)
+
+    def choose(self, numbers: bytes) -> int | None:
+        """The id of the one before a file with these numbers in its path; None if there are none."""
+        wanted = self._what_matters(numbers)
+        best, fewest = self._last.get(wanted), 0
+        if best is not None:
+            return best
+        for kept, row in self._last.items():
+            different = sum(map(ne, wanted, kept))
+            if best is None or different < fewest:
+                best, fewest = row, different
+            if fewest <= 1:
+                break  # the last of the best that can be
+        return best
+
+    def _what_matters(self, numbers: bytes) -> tuple[bytes, ...]:
+        return tuple(number for place, number in enumerate(numbers.split()) if place not in self._changing)
 
 
-def _difference(numbers: bytes, others: bytes) -> set[int]:
-    """The places at which they differ."""
-    pairs = zip(numbers.split(), others.split(), strict=False)
-    return {place for place, (number, other) in enumerate(pairs) if number != other}
+def _read_candidates(
+    connection: sqlite3.Connection, family: bytes, signature: bytes, generation: int
+) -> _Candidates:
+    rows = connection.execute(
+        "SELECT signature, id, numbers, lineage FROM series WHERE family = ? AND generation = ?"
+        " ORDER BY id DESC LIMIT ?",
+        (family, generation, _MAX_CANDIDATES),
+    ).fetchall()
+    same = [file for kept, *file in rows if kept == signature]
+    return _Candidates(same or [file for _, *file in rows])
 
 
 def _insert(connection: sqlite3.Connection, rows: Iterable[_Row]) -> None:

@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from replicated.cache_files import Cache, CacheFiles
 from replicated.chunk.tensor import Layout
-from replicated.snapshot.series import Series
+from replicated.snapshot.series import Series, State
 
 #: "RPLK".
 APPLICATION_ID: Final = 0x52504C4B
@@ -77,7 +77,7 @@ class _Key(NamedTuple):
 
 class _Found(NamedTuple):
     lineage: bytes
-    state: bytes
+    state: State
 
 
 class _Row(NamedTuple):
@@ -132,23 +132,15 @@ class Keyframes:
         name = experiment.encode()
         family = blake3(b"%d:%b%b" % (len(name), name, pattern)).digest()
         key = _Key(family, layout.signature, numbers)
-        sizes = [region.size for region in layout.regions]
+        found = self._cache.read(lambda connection: self._find(connection, key, generation))
         learned = self._learned
 
-        def go_on(found: _Found | None) -> Series:
-            def keep(state: bytes, is_alike: bool) -> None:
-                lineage = found.lineage if found is not None and is_alike else numbers
-                learned.add(_Row(key, generation, lineage, state))
+        def keep(state: bytes, is_alike: bool) -> None:
+            lineage = found.lineage if found is not None and is_alike else numbers
+            learned.add(_Row(key, generation, lineage, state))
 
-            return Series(sizes, found.state if found is not None else None, keep)
-
-        def find(connection: sqlite3.Connection) -> Series:
-            try:
-                return go_on(self._find(connection, key, generation))
-            except ValueError as error:
-                raise sqlite3.DatabaseError(f"a series is damaged: {error}") from error
-
-        return self._cache.read(find) or go_on(None)
+        sizes = [region.size for region in layout.regions]
+        return Series(sizes, found.state if found is not None else None, keep)
 
     def save(self) -> None:
         """Keep what all files have taught since the last `save` or `forget`: they are in the repository."""
@@ -196,7 +188,10 @@ class Keyframes:
         *fields, lineage, checksum, state = row
         if checksum != _checksum(_Key(*fields), state):
             raise sqlite3.DatabaseError("the row of a series is damaged")
-        return _Found(lineage, state)
+        try:
+            return _Found(lineage, State.unpack(state))
+        except ValueError as error:
+            raise sqlite3.DatabaseError(f"a series is damaged: {error}") from error
 
 
 class _Candidates:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from replicated.chunk.codec import DELTA, HASH_BYTES
 from replicated.chunk.tensor import PIECE_BYTES
@@ -82,23 +82,45 @@ class _New:
     refused_bytes: int = 0
 
 
+class State(NamedTuple):
+    """What a series has come to with a checkpoint."""
+
+    tensors: list[_Tensor]
+    #: The bases of all pieces, one after the other; zeros where there is none.
+    bases: bytes
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> State:
+        """From what `Series` packed; raises `ValueError`."""
+        try:
+            (count,) = _COUNT.unpack_from(packed)
+            end = _COUNT.size + _TENSOR.size * count
+            tensors = [_Tensor(*fields) for fields in _TENSOR.iter_unpack(packed[_COUNT.size : end])]
+        except struct.error as error:
+            raise ValueError(f"not a state: {error}") from error
+        bases = packed[end:]
+        if len(tensors) != count or len(bases) != HASH_BYTES * sum(tensor.pieces for tensor in tensors):
+            raise ValueError("not a state: its length")
+        return cls(tensors, bases)
+
+
 class Series:
     """The `Bases` of one file: what its series did before, and what becomes of it with this checkpoint."""
 
     def __init__(
-        self, sizes: Sequence[int], before: bytes | None, on_complete: Callable[[bytes, bool], None]
+        self, sizes: Sequence[int], before: State | None, on_complete: Callable[[bytes, bool], None]
     ) -> None:
         """`sizes` are those of the layout's regions, `before` is the state after the checkpoint before.
 
-        `before` may be that of a file with other tensors at some places. Once the last piece was noted,
-        `on_complete` gets the state after this one, and whether the file resembled the one before at all.
-        Raises `ValueError` when `before` is not a state.
+        `before` may be that of a file with other tensors at some places, and is used up. Once the last
+        piece was noted, `on_complete` gets the state after this one, packed, and whether the file resembled
+        the one before at all.
         """
         self._on_complete = on_complete
         self._tensors = [_Tensor(size) for size in sizes]
         self._bases = bytearray(HASH_BYTES * sum(tensor.pieces for tensor in self._tensors))
         if before is not None:
-            self._go_on(*_unpack(before))
+            self._go_on(before)
         #: The bases as they were, without those of tensors that are to be stored on their own.
         self._offered = bytearray(self._bases)
         start = 0
@@ -153,13 +175,13 @@ class Series:
             is_alike = self._refused_bytes <= self._offered_bytes * _MAX_REFUSED_SHARE
             self._on_complete(self._pack(), is_alike)
 
-    def _go_on(self, tensors: list[_Tensor], bases: bytes) -> None:
+    def _go_on(self, before: State) -> None:
         """Go on with the tensors at the beginning and at the end that are the same in both checkpoints.
 
         What differs lies between them: the record of a training that is stored with its weights, or the
         last layer of a model, which is made anew for another task.
         """
-        mine = self._tensors
+        mine, (tensors, bases) = self._tensors, before
         limit = min(len(mine), len(tensors))
         first = _count_equal(mine, tensors, limit)
         last = _count_equal(mine[::-1], tensors[::-1], limit - first)
@@ -189,17 +211,3 @@ def _count_equal(ours: Sequence[_Tensor], theirs: Sequence[_Tensor], limit: int)
         if ours[number].size != theirs[number].size:
             return number
     return limit
-
-
-def _unpack(state: bytes) -> tuple[list[_Tensor], bytes]:
-    """Tensors and bases; raises `ValueError`."""
-    try:
-        (count,) = _COUNT.unpack_from(state)
-        end = _COUNT.size + _TENSOR.size * count
-        tensors = [_Tensor(*fields) for fields in _TENSOR.iter_unpack(state[_COUNT.size : end])]
-    except struct.error as error:
-        raise ValueError(f"not a state: {error}") from error
-    bases = state[end:]
-    if len(tensors) != count or len(bases) != HASH_BYTES * sum(tensor.pieces for tensor in tensors):
-        raise ValueError("not a state: its length")
-    return tensors, bases

@@ -7,7 +7,7 @@ import pytest
 from replicated.chunk.codec import DELTA, PLANES, RAW
 from replicated.chunk.tensor import PIECE_BYTES
 from replicated.packer import Stored
-from replicated.snapshot.series import MAX_ALONE, Series
+from replicated.snapshot.series import MAX_ALONE, Series, State
 
 SIZE = 100_000
 ALONE = 0.84
@@ -32,8 +32,7 @@ class Checkpoints:
 
         "known" is a tensor that the repository has.
         """
-        series = Series(self.sizes, self.state, self.complete)
-        self.is_complete = False
+        series = self.begin()
         bases = []
         piece = 0
         for size, ratio in zip(self.sizes, ratios, strict=True):
@@ -51,6 +50,11 @@ class Checkpoints:
         assert self.is_complete
         self.number += 1
         return bases
+
+    def begin(self) -> Series:
+        self.is_complete = False
+        before = None if self.state is None else State.unpack(self.state)
+        return Series(self.sizes, before, self.complete)
 
     def complete(self, state: bytes, is_alike: bool) -> None:
         assert not self.is_complete
@@ -89,8 +93,7 @@ def test_a_base_is_never_a_difference() -> None:
 def test_pieces_of_one_tensor_may_have_bases_of_different_age() -> None:
     checkpoints = Checkpoints(2 * PIECE_BYTES)
     checkpoints.add(0.5)
-    checkpoints.is_complete = False
-    series = Series(checkpoints.sizes, checkpoints.state, checkpoints.complete)
+    series = checkpoints.begin()
     series.note(0, chunk(1, 0), Stored(DELTA, PIECE_BYTES, PIECE_BYTES // 2))
     series.note(1, chunk(1, 1), Stored(RAW, PIECE_BYTES, PIECE_BYTES))
     assert checkpoints.add(0.5) == [chunk(0, 0), chunk(1, 1)]
@@ -99,8 +102,7 @@ def test_pieces_of_one_tensor_may_have_bases_of_different_age() -> None:
 def test_bases_do_not_change_while_a_file_is_stored() -> None:
     checkpoints = Checkpoints(SIZE, SIZE)
     checkpoints.add(0.5, 0.5)
-    checkpoints.is_complete = False
-    series = Series(checkpoints.sizes, checkpoints.state, checkpoints.complete)
+    series = checkpoints.begin()
     series.note(0, chunk(1, 0), Stored(RAW, SIZE, SIZE))
     assert [series.base_of(0), series.base_of(1)] == [chunk(0, 0), chunk(0, 1)]
     assert not checkpoints.is_complete
@@ -172,8 +174,7 @@ def test_with_differences_as_in_training_no_other_period_is_much_better(
     checkpoints = Checkpoints(SIZE)
     age = 0
     for number in range(100):
-        checkpoints.is_complete = False
-        series = Series(checkpoints.sizes, checkpoints.state, checkpoints.complete)
+        series = checkpoints.begin()
         age = age + 1 if series.base_of(0) else 0
         taken.append(differences[age - 1] if age else alone)
         series.note(0, chunk(number), Stored(DELTA if age else PLANES, SIZE, int(SIZE * taken[-1])))
@@ -210,8 +211,7 @@ def test_most_bytes_decide_whether_differences_gain_something() -> None:
     checkpoints = Checkpoints(2 * PIECE_BYTES + SIZE)
     checkpoints.add(None)
     for number in range(1, 10):
-        checkpoints.is_complete = False
-        series = Series(checkpoints.sizes, checkpoints.state, checkpoints.complete)
+        series = checkpoints.begin()
         bases = [series.base_of(piece) for piece in range(3)]
         assert all(bases), "it is tried each time"
         for piece, size in ((0, PIECE_BYTES), (1, PIECE_BYTES), (2, SIZE)):
@@ -283,4 +283,4 @@ def test_what_is_not_a_state_is_refused(length: int) -> None:
     assert checkpoints.state is not None
     state = (checkpoints.state + bytes(1000))[:length]
     with pytest.raises(ValueError, match="not a state"):
-        Series([SIZE], state, checkpoints.complete)
+        State.unpack(state)

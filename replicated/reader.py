@@ -1,16 +1,19 @@
 """Reads chunks and nodes: finds them by the index, fetches, decodes and verifies them.
 
 The one place where bytes come out of packs. Invariant: what leaves has the hash by which it was asked
-for, else an error is raised. Keeps the chunks that were used last, of all repositories together, up to a
-number of bytes.
+for, else an error is raised. A chunk that is stored as a difference needs its base, and a base never needs
+another chunk. Keeps the chunks that were used last, of all repositories together, up to a number of bytes.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Final, NoReturn, TypeAlias, TypeVar
 
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible
 from replicated.chunk.codec import ChunkDamaged, UnknownCodec, decode, hash_chunk
@@ -30,8 +33,18 @@ from replicated.store.base import KeyMissing, Store
 MAX_GAP_BYTES: Final = 64 << 10
 #: And no more than this at once.
 MAX_READ_BYTES: Final = 8 << 20
+#: From a local disk, where a read costs little: then large chunks are read one by one, which saves copying
+#: them out of what was read, and several threads share the work.
+MAX_LOCAL_READ_BYTES: Final = 1 << 20
+#: Less than this is decoded where it is asked for, as are small chunks: threads would wait for each other.
+MIN_SHARED_BYTES: Final = 1 << 20
+MIN_SHARED_CHUNK_BYTES: Final = 32 << 10
+#: Threads that read and decode, for all readers of a process.
+MAX_DECODERS: Final = 4
 
 T = TypeVar("T")
+
+_Run: TypeAlias = list[tuple[bytes, Location]]
 
 _DAMAGE_HINT = "the rest of the repository can still be read"
 
@@ -151,67 +164,133 @@ class ChunkReader:
 
     def _fetch(self, wanted: list[bytes]) -> dict[bytes, bytes]:
         """Chunks from the store; those that fail are tried again with an index that is surely right."""
-        found: dict[bytes, bytes] = {}
-        failed: list[bytes] = []
-        for run in _join_neighbours(self.locate(wanted)):
-            failed.extend(self._read_run(run, found))
+        found = self._read_places(self.locate(wanted))
+        failed = [chunk_id for chunk_id in wanted if chunk_id not in found]
         if failed and not self._rebuilt:
             self._rebuilt = True
             self._index.rebuild()
-            failed = [
-                chunk_id
-                for run in _join_neighbours(self.locate(failed))
-                for chunk_id in self._read_run(run, found)
-            ]
+            found.update(self._read_places(self.locate(failed)))
+            failed = [chunk_id for chunk_id in failed if chunk_id not in found]
         if failed:
-            location = self.locate(failed[:1])[failed[0]]
-            key = pack_key(location.pack)
-            raise RepositoryDamaged(
-                f"chunk {failed[0].hex()} is damaged or missing in {key} of {self._store.url}",
-                hint=_DAMAGE_HINT,
-                fields={"chunk": failed[0].hex(), "key": key},
-            )
+            self._raise_damaged(failed[0])
         return found
 
-    def _read_run(self, run: Sequence[tuple[bytes, Location]], found: dict[bytes, bytes]) -> list[bytes]:
-        """Read neighbours at once into `found`; the ids of those that are not what they should be."""
+    def _read_places(self, places: Mapping[bytes, Location]) -> dict[bytes, bytes]:
+        """Those chunks that are what they should be."""
+        deltas = {chunk_id: place for chunk_id, place in places.items() if place.base}
+        others = {chunk_id: place for chunk_id, place in places.items() if not place.base}
+        if not deltas:
+            return self._read_runs(others)
+        needed = {place.base for place in deltas.values()}
+        bases = self._memory.recall(self._name, needed)
+        base_places = self._locate_bases(needed.difference(bases))
+        # The hash of a delta that was made with a base vouches for the base as well.
+        read = self._read_runs({**base_places, **others}, unchecked=base_places.keys() - others.keys())
+        found = {chunk_id: read[chunk_id] for chunk_id in others if chunk_id in read}
+        bases.update(read)
+        found.update(self._read_runs(deltas, bases))
+        return found
+
+    def _locate_bases(self, wanted: Collection[bytes]) -> dict[bytes, Location]:
+        """Where bases lie; those that are not known, or only as deltas themselves, are left out."""
+        places = self._index.locate(wanted)
+        if len(places) < len(wanted) or any(place.base for place in places.values()):
+            self._index.refresh()
+            places = self._index.locate(wanted)
+        return {chunk_id: place for chunk_id, place in places.items() if not place.base}
+
+    def _read_runs(
+        self,
+        places: Mapping[bytes, Location],
+        bases: Mapping[bytes, bytes] | None = None,
+        unchecked: Collection[bytes] = (),
+    ) -> dict[bytes, bytes]:
+        is_local = self._store.capabilities.local_root is not None
+        runs = list(_join_neighbours(places, MAX_LOCAL_READ_BYTES if is_local else MAX_READ_BYTES))
+
+        def read(run: _Run) -> dict[bytes, bytes]:
+            return self._read_run(run, bases or {}, unchecked)
+
+        total_bytes = sum(place.plain_length for place in places.values())
+        is_shared = total_bytes > max(MIN_SHARED_BYTES, len(places) * MIN_SHARED_CHUNK_BYTES)
+        found: dict[bytes, bytes] = {}
+        for chunks in _decoders().map(read, runs) if is_shared and len(runs) > 1 else map(read, runs):
+            found.update(chunks)
+        return found
+
+    def _read_run(
+        self, run: _Run, bases: Mapping[bytes, bytes], unchecked: Collection[bytes]
+    ) -> dict[bytes, bytes]:
+        """Read neighbours at once; those that are what they should be, or `unchecked`."""
         start = run[0][1].offset
-        end = max(location.offset + location.stored_length for _, location in run)
+        end = max(place.offset + place.stored_length for _, place in run)
         try:
             data = self._store.get(pack_key(run[0][1].pack), start, end - start)
         except KeyMissing:
-            return [chunk_id for chunk_id, _ in run]
-        failed = []
-        for chunk_id, location in run:
-            offset = location.offset - start
-            stored = data[offset : offset + location.stored_length]
+            return {}
+        found = {}
+        for chunk_id, place in run:
+            # What was read alone need not be copied.
+            offset = place.offset - start
+            stored = data if len(run) == 1 else memoryview(data)[offset : offset + place.stored_length]
             try:
-                plain = decode(location.codec, stored, location.plain_length)
+                plain = decode(place.codec, stored, place.plain_length, bases.get(place.base))
             except ChunkDamaged:
-                failed.append(chunk_id)
                 continue
             except UnknownCodec as error:
                 raise RepositoryIncompatible(
                     f"chunk {chunk_id.hex()} in {self._store.url} was written by a newer version: {error}",
                     hint="upgrade replicate-vcs",
                 ) from error
-            if hash_chunk(plain) == chunk_id:
+            if chunk_id in unchecked or hash_chunk(plain) == chunk_id:
                 found[chunk_id] = plain
-            else:
-                failed.append(chunk_id)
-        return failed
+        return found
+
+    def _raise_damaged(self, chunk_id: bytes) -> NoReturn:
+        """Say what is wrong with a chunk that could not be read."""
+        place = self.locate([chunk_id])[chunk_id]
+        if place.base:
+            self._check_base(chunk_id, place.base)
+        key = pack_key(place.pack)
+        raise RepositoryDamaged(
+            f"chunk {chunk_id.hex()} is damaged or missing in {key} of {self._store.url}",
+            hint=_DAMAGE_HINT,
+            fields={"chunk": chunk_id.hex(), "key": key},
+        )
+
+    def _check_base(self, chunk_id: bytes, base: bytes) -> None:
+        """Raise `RepositoryDamaged` for a chunk if it is its base that cannot be read."""
+        try:
+            if self.locate([base])[base].base:
+                raise RepositoryDamaged(f"chunk {base.hex()} is a difference itself", hint=_DAMAGE_HINT)
+            self.read(base)
+        except RepositoryDamaged as error:
+            raise RepositoryDamaged(
+                f"chunk {chunk_id.hex()} is stored as a difference to one that is not there: {error.message}",
+                hint=error.hint,
+                fields={"chunk": chunk_id.hex(), "base": base.hex()},
+            ) from error
 
 
-def _join_neighbours(locations: dict[bytes, Location]) -> Iterator[list[tuple[bytes, Location]]]:
+@cache
+def _decoders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MAX_DECODERS, len(os.sched_getaffinity(0))), thread_name_prefix="decode")
+
+
+# A child has none of its parent's threads.
+os.register_at_fork(after_in_child=_decoders.cache_clear)
+
+
+def _join_neighbours(places: Mapping[bytes, Location], max_read_bytes: int) -> Iterator[_Run]:
     """Chunks in groups that lie so close together in one pack that one read is the cheapest."""
-    run: list[tuple[bytes, Location]] = []
-    for item in sorted(locations.items(), key=lambda item: item[1]):
-        location = item[1]
+    run: _Run = []
+    for item in sorted(places.items(), key=lambda item: item[1]):
+        place = item[1]
         if run:
             first, last = run[0][1], run[-1][1]
-            gap = location.offset - (last.offset + last.stored_length)
-            length = location.offset + location.stored_length - first.offset
-            if location.pack != first.pack or gap > MAX_GAP_BYTES or length > MAX_READ_BYTES:
+            gap = place.offset - (last.offset + last.stored_length)
+            length = place.offset + place.stored_length - first.offset
+            if place.pack != first.pack or gap > MAX_GAP_BYTES or length > max_read_bytes:
                 yield run
                 run = []
         run.append(item)

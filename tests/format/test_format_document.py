@@ -43,8 +43,7 @@ def make_pack() -> bytes:
         (LETTERS, codec.ZSTD, RUN, b""),
         (b"a" * 99 + b"b", codec.DELTA, DELTA, BASE),
     ):
-        if not base_id:
-            assert codec.decode(kind, stored, len(plain)) == plain
+        assert codec.decode(kind, stored, len(plain), LETTERS if base_id else None) == plain
         builder.add(codec.hash_chunk(plain), kind, stored, len(plain), base_id)
     return b"".join(builder.seal())
 

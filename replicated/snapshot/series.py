@@ -24,7 +24,7 @@ MAX_ALONE: Final = 8
 
 # Of a state: the number of tensors, each tensor, the base of each piece; zeros where there is none.
 _COUNT = struct.Struct("<I")
-_TENSOR = struct.Struct("<QfHBB")
+_TENSOR = struct.Struct("<QdHBB")
 _NO_BASE = bytes(HASH_BYTES)
 _MAX_COUNT = 0xFFFF
 # A file of which less than this was refused resembles the one before, and be it in one small tensor.
@@ -91,7 +91,7 @@ class State(NamedTuple):
 
     @classmethod
     def unpack(cls, packed: bytes) -> State:
-        """From what `Series` packed; raises `ValueError`."""
+        """From what `Series` has packed; raises `ValueError`."""
         try:
             (count,) = _COUNT.unpack_from(packed)
             end = _COUNT.size + _TENSOR.size * count

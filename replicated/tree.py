@@ -137,6 +137,20 @@ class Tree:
             raise ValueError(f"not a regular file: {node.name!r}")
         return FileReader(self._repository, node.content)
 
+    def read_files(self, nodes: Sequence[Node]) -> list[bytes]:
+        """The contents of small files, with few reads of the store; raises as `reader` and `pread`."""
+        of_one_chunk = [
+            node.hash for node in nodes if isinstance(node.content, FileContent) and node.content.is_one_chunk
+        ]
+        chunks = self._repository.read_chunks(of_one_chunk)
+        # A file of several chunks takes the long way, and so does one that is not as long as it should be.
+        return [
+            chunks[node.hash]
+            if len(chunks.get(node.hash, b"")) == node.size > 0
+            else self.reader(node).pread(0, node.size)
+            for node in nodes
+        ]
+
     def _find_child(self, directory: Node, name: bytes) -> Node | None:
         """One entry of a directory, without loading the rest of a long one."""
         layers = _layers(directory)

@@ -21,11 +21,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 class MemoryReader:
-    def __init__(self, data):
-        self.data = data
+    def __init__(self, pread):
+        self.pread = pread
 
-    def pread(self, offset, length):
-        return self.data[offset : offset + length]
+    def iter_parts(self, offset, length):
+        for start in range(offset, offset + length, 1 << 20):
+            yield self.pread(start, min(1 << 20, offset + length - start))
 
 
 class MemoryTree:
@@ -76,7 +77,12 @@ class MemoryTree:
                 yield from self.walk(below)
 
     def reader(self, node):
-        return self.readers.get(node.name) or MemoryReader(node.content.node)
+        data = node.content.node
+        replaced = self.readers.get(node.name)
+        return MemoryReader(replaced.pread if replaced else lambda at, length: data[at : at + length])
+
+    def read_files(self, nodes):
+        return [self.reader(node).pread(0, node.size) for node in nodes]
 
 
 @pytest.fixture(scope="session")

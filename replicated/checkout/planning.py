@@ -70,12 +70,21 @@ class Plan:
     @property
     def file_count(self) -> int:
         """How many files are written."""
-        return sum(1 for _ in self._written())
+        return sum(1 for _ in self.files)
 
     @property
     def size_bytes(self) -> int:
         """How many bytes are written."""
-        return sum(node.size for node in self._written())
+        return sum(node.size for node in self.files)
+
+    @property
+    def files(self) -> Iterator[Node]:
+        """The files that are written, in this order; without those that only get mode and time."""
+        for action in self.actions:
+            if action.verb in ("create", "replace") and not action.only_attributes:
+                assert action.node is not None, "only what is deleted has no node"
+                if action.node.type == "file":
+                    yield action.node
 
     def refuse_conflicts(self) -> None:
         """Raise `CheckoutConflict` if anything is in the way."""
@@ -87,13 +96,6 @@ class Plan:
             f"{show(self.output)} is not empty: {names}" + (f" and {more} more" if more > 0 else ""),
             hint="use --force to replace what has the same name; the rest stays",
         )
-
-    def _written(self) -> Iterator[Node]:
-        for action in self.actions:
-            if action.verb in ("create", "replace") and not action.only_attributes:
-                assert action.node is not None, "only what is deleted has no node"
-                if action.node.type == "file":
-                    yield action.node
 
 
 def plan(tree: Tree, output: bytes, *, path: bytes = b"", delete: bool = False) -> Plan:

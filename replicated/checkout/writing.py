@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-import blake3
-
-from replicate.errors import RepositoryDamaged
 from replicated.checkout.places import (
     OPEN_DIRECTORY,
     OPEN_FILE,
     PERMISSION_BITS,
-    PIECE_BYTES,
     join,
     naming,
 )
 from replicated.checkout.planning import Action, Plan
+from replicated.checkout.reading import ReadAhead
+from replicated.file_reader import Part
 from replicated.tree import Node, Tree
 
 #: Called with the files and bytes written so far.
@@ -72,10 +70,11 @@ class _Executor:
         output = self._plan.output
         try:
             self._open_output()
-            for action in self._plan.actions:
-                parent = self._go_to(action.path)
-                with naming(self._full(action.path)):
-                    self._act(action, parent)
+            with ReadAhead(self._tree, self._plan.files) as ahead:
+                for action in self._plan.actions:
+                    parent = self._go_to(action.path)
+                    with naming(self._full(action.path)):
+                        self._act(action, parent, ahead)
             with naming(output):
                 while self._places:
                     self._leave()
@@ -127,7 +126,7 @@ class _Executor:
         finally:
             os.close(place.descriptor)
 
-    def _act(self, action: Action, parent: int) -> None:
+    def _act(self, action: Action, parent: int, ahead: ReadAhead) -> None:
         node = action.node
         if node is None:
             _delete(parent, action.path.rpartition(b"/")[2])
@@ -137,10 +136,15 @@ class _Executor:
                     _delete(parent, node.name)
                 os.mkdir(node.name, _OWNER_BITS, dir_fd=parent)
             self._enter(node.name, None if action.passing and action.verb == "keep" else node)
-        elif action.verb != "keep" and not (action.only_attributes and _set_attributes(parent, node)):
-            self._put(parent, node)
+        elif action.only_attributes:
+            if not _set_attributes(parent, node):
+                # Not what was planned, so it is not among what is read ahead.
+                with ReadAhead(self._tree, [node]) as alone:
+                    self._put(parent, node, alone)
+        elif action.verb != "keep":
+            self._put(parent, node, ahead)
 
-    def _put(self, parent: int, node: Node) -> None:
+    def _put(self, parent: int, node: Node, ahead: ReadAhead) -> None:
         """Make a file or link under another name, and give it its own once it is complete."""
         temporary = _TEMPORARY_PREFIX + secrets.token_hex(8).encode()
         try:
@@ -148,7 +152,7 @@ class _Executor:
                 os.symlink(node.target, temporary, dir_fd=parent)
                 _set_link_time(parent, temporary, node)
             else:
-                self._write_file(parent, temporary, node)
+                self._write_file(parent, temporary, node, ahead.parts(node))
             try:
                 os.rename(temporary, node.name, src_dir_fd=parent, dst_dir_fd=parent)
             except IsADirectoryError:
@@ -163,23 +167,17 @@ class _Executor:
             self._files_done += 1
             self._on_progress(self._files_done, self._bytes_done)
 
-    def _write_file(self, parent: int, name: bytes, node: Node) -> None:
-        reader = self._tree.reader(node)
-        hasher = blake3.blake3()
+    def _write_file(self, parent: int, name: bytes, node: Node, parts: Iterator[Part]) -> None:
         descriptor = os.open(
             name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent
         )
         try:
-            for offset in range(0, node.size, PIECE_BYTES):
-                piece = reader.pread(offset, min(PIECE_BYTES, node.size - offset))
-                if len(piece) != min(PIECE_BYTES, node.size - offset):
-                    raise RepositoryDamaged(f"the file is shorter than recorded: {node.size} bytes")
-                hasher.update(piece)
-                _write_sparse(descriptor, piece, offset)
-                self._bytes_done += len(piece)
+            offset = 0
+            for part in parts:
+                _write_sparse(descriptor, part, offset)
+                offset += len(part)
+                self._bytes_done += len(part)
                 self._on_progress(self._files_done, self._bytes_done)
-            if hasher.digest() != node.hash:
-                raise RepositoryDamaged(f"the content does not have the recorded hash {node.hash.hex()}")
             os.ftruncate(descriptor, node.size)
             os.fchmod(descriptor, node.mode & PERMISSION_BITS)
             os.utime(descriptor, ns=(node.mtime_ns, node.mtime_ns))
@@ -231,23 +229,23 @@ def _delete(parent: int, name: bytes) -> None:
         return
 
 
-def _write_sparse(descriptor: int, piece: bytes, offset: int) -> None:
-    """Write all of `piece` but its blocks of zeros; the file is cut to its length at the end."""
-    view = memoryview(piece)
-    for begin, end in _data_ranges(piece):
+def _write_sparse(descriptor: int, part: Part, offset: int) -> None:
+    """Write all of `part` but its blocks of zeros; the file is cut to its length at the end."""
+    view = memoryview(part)
+    for begin, end in _data_ranges(view):
         while begin < end:
             begin += os.pwrite(descriptor, view[begin:end], offset + begin)
 
 
-def _data_ranges(piece: bytes) -> Iterator[tuple[int, int]]:
-    """The ranges of `piece` outside its blocks of zeros."""
+def _data_ranges(view: memoryview) -> Iterator[tuple[int, int]]:
+    """The ranges outside blocks of zeros."""
     begin = 0
-    for position in range(0, len(piece), _HOLE_BYTES):
-        # Compares in place, and stops at the first byte that is not 0.
-        zeros = _ZEROS if position + _HOLE_BYTES <= len(piece) else _ZEROS[: len(piece) - position]
-        if piece.startswith(zeros, position):
+    for position in range(0, len(view), _HOLE_BYTES):
+        block = view[position : position + _HOLE_BYTES]
+        # Most blocks show at one end what they are; a memoryview is slow to compare.
+        if block[0] == 0 == block[-1] and _ZEROS.startswith(bytes(block)):
             if begin < position:
                 yield begin, position
-            begin = position + len(zeros)
-    if begin < len(piece):
-        yield begin, len(piece)
+            begin = position + len(block)
+    if begin < len(view):
+        yield begin, len(view)

@@ -107,6 +107,11 @@ class FileContent:
             raise Malformed("a file's list of chunks is not named")
         return cls(size, digest, node=node, layout=_layout_id(layouts))
 
+    @property
+    def is_one_chunk(self) -> bool:
+        """Whether it is one chunk, which then has the same hash."""
+        return self.size > 0 and not (self.node or self.chunk_ids)
+
     def ids(self) -> list[bytes]:
         """The chunks, for contents without a `node`; the layout is not among them."""
         return split_ids(self.chunk_ids) if self.chunk_ids else [self.hash] if self.size else []

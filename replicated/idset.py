@@ -2,7 +2,7 @@
 
 For looks at a whole repository (`usage`), which may have ten million chunks. Ids are hashes, so their first
 ten bytes stand for them: two of ten million share these by chance once in 10^10 repositories. What was added
-since the last `keep` can be taken back. Not for several threads at once.
+since the last `keep` can be taken back, and takes ten bytes more until then. Not for several threads at once.
 """
 
 from __future__ import annotations

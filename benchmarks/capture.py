@@ -9,48 +9,26 @@ The full run takes a quarter of an hour, needs 30 GB of disk and writes 150 GB. 
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from capturing import checkpoints, training, trees
-from capturing.figures import BYTES, Figure, format_table
-from capturing.peers import Peers
 from capturing.scale import FULL, MIB, QUICK
-from capturing.workspace import Workspace
-
-import replicate
+from measuring.figures import BYTES, Figure, format_table
+from measuring.machine import describe_machine
+from measuring.peers import Peers
+from measuring.workspace import Workspace
 
 _MEMORY_BYTES = 400 * MIB
 
 
-def describe_machine(directory: Path) -> dict[str, object]:
-    """What the numbers depend on."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    device = os.stat(directory).st_dev
-    place = f"{os.major(device)}:{os.minor(device)}"
-    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    return {
-        "processor": names[0].partition(": ")[2] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30), 1),
-        "kernel": platform.release(),
-        "file system": next((mount[mount.index("-") + 1] for mount in mounts if mount[2] == place), "?"),
-        "python": platform.python_version(),
-        "replicate": replicate.__version__,
-        "load": os.getloadavg()[0],
-        **{name: value for name, value in os.environ.items() if name == "REPLICATE_CAPTURE_RUNG"},
-    }
-
-
 def memory_figures(workspace: Workspace) -> list[Figure]:
     """The daemon and its children, for all that was measured."""
-    peaks = {label: peak for label, peak in workspace.memory.peaks.items() if label}
     return [
-        Figure(f"peak memory, {label}", [peak], BYTES, target=_MEMORY_BYTES) for label, peak in peaks.items()
+        Figure(f"peak memory, {label}", [peak], BYTES, target=_MEMORY_BYTES)
+        for label, peak in workspace.memory.peaks.items()
     ]
 
 

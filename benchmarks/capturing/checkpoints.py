@@ -6,10 +6,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from capturing.figures import FASTER, SECONDS, SHARE, TIMES, Figure, format_bytes
-from capturing.peers import Peer, Peers
+from measuring.figures import FASTER, SECONDS, SHARE, TIMES, Figure, format_bytes
+from measuring.peers import Peer, Peers
+from measuring.workspace import Workspace, progress, timed
+
 from capturing.scale import Scale
-from capturing.workspace import Workspace, progress, timed
 
 #: Against the page-cache read, and the slowest size against the fastest.
 _SHARE_OF_READ = 0.05

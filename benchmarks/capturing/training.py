@@ -9,9 +9,10 @@ import threading
 import time
 from pathlib import Path
 
-from capturing.figures import BYTES, SECONDS, SLOWER, Figure, format_bytes
+from measuring.figures import BYTES, SECONDS, SLOWER, Figure, format_bytes
+from measuring.workspace import Workspace, progress
+
 from capturing.scale import Scale
-from capturing.workspace import Workspace, progress
 from replicate import query
 
 _LOOPS = 2

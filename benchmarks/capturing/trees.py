@@ -2,9 +2,10 @@
 
 import os
 
-from capturing.figures import SECONDS, TIMES, Figure
+from measuring.figures import SECONDS, TIMES, Figure
+from measuring.workspace import TreePass, Workspace, progress, timed
+
 from capturing.scale import Scale
-from capturing.workspace import TreePass, Workspace, progress, timed
 
 _TIMES_OF_PASS = 2.5
 _WITH_NOTIFICATION_S = 0.02

@@ -12,6 +12,8 @@ class Relation:
     of: Callable[[float, float], float]
     write: Callable[[float], str]
     is_at_most: bool = True
+    #: Of the value itself, whatever is beside it; the value is written so as well.
+    is_alone: bool = False
 
 
 def _times(ratio: float) -> str:
@@ -24,8 +26,6 @@ SHARE = Relation(
 TIMES = Relation(lambda value, other: value / other, _times)
 FASTER = Relation(lambda value, other: other / value, _times, is_at_most=False)
 SLOWER = Relation(lambda value, other: value / other - 1, lambda ratio: f"{ratio:+.1%}")
-SECONDS = Relation(lambda value, _: value, lambda ratio: format_seconds(ratio))
-BYTES = Relation(lambda value, _: value, lambda ratio: format_bytes(ratio))
 
 
 def format_seconds(seconds: float) -> str:
@@ -40,6 +40,26 @@ def format_bytes(size: float) -> str:
     return f"{size / (1 << 20):.0f} MiB" if size < 1 << 30 else f"{size / (1 << 30):.3g} GiB"
 
 
+def format_megabytes(size: float) -> str:
+    """For sizes that are told in powers of ten, as those of data sets and of other tools are."""
+    digits = 2 if size < 1e7 else 1 if size < 1e8 else 0
+    return f"{size / 1e6:,.{digits}f} MB"
+
+
+def format_rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s"
+
+
+def _itself(value: float, _: float) -> float:
+    return value
+
+
+SECONDS = Relation(_itself, format_seconds, is_alone=True)
+BYTES = Relation(_itself, format_bytes, is_alone=True)
+MEGABYTES = Relation(_itself, format_megabytes, is_alone=True)
+RATE = Relation(_itself, format_rate, is_at_most=False, is_alone=True)
+
+
 @dataclass(frozen=True)
 class Figure:
     """One line of the table. Values and others that are as many were taken in the same rounds."""
@@ -52,6 +72,8 @@ class Figure:
     others: Sequence[float] = ()
     #: What the relation is to be at most (or at least); None: nothing is demanded.
     target: float | None = None
+    #: How values are written that are related to others.
+    unit: Callable[[float], str] = format_seconds
 
     @property
     def ratio(self) -> float:
@@ -72,14 +94,13 @@ class Figure:
 
     def cells(self) -> tuple[str, ...]:
         """As `HEADER` has them."""
-        is_alone = self.relation in (SECONDS, BYTES)
         sign = "≤" if self.relation.is_at_most else "≥"
         return (
             self.case,
             *self._written(self.values),
             self.beside,
             *self._written(self.others),
-            "" if is_alone else self.relation.write(self.ratio),
+            "" if self.relation.is_alone else self.relation.write(self.ratio),
             "" if self.target is None else f"{sign} {self.relation.write(self.target)}",
             self.verdict,
         )
@@ -99,14 +120,14 @@ class Figure:
     def _written(self, values: Sequence[float]) -> tuple[str, str]:
         if not values:
             return "", ""
-        write = format_bytes if self.relation is BYTES else format_seconds
+        write = self.relation.write if self.relation.is_alone else self.unit
         spread = f"{write(min(values))} – {write(max(values))}" if len(values) > 1 else ""
         return write(statistics.median(values)), spread
 
 
 HEADER = ("case", "median", "min – max", "beside", "median", "min – max", "ratio", "target", "")
 #: Of the columns; the text is to the left, the numbers to the right.
-_WIDTHS = (48, 8, 19, 21, 8, 19, 8, 9, 6)
+_WIDTHS = (54, 9, 21, 21, 9, 21, 8, 11, 6)
 _IS_TEXT = (True, False, False, True, False, False, False, False, True)
 
 

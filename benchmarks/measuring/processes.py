@@ -1,8 +1,9 @@
-"""What other processes use, read from /proc: the memory of the daemon, the processor time of a peer."""
+"""What other processes use, read from /proc: memory and processor time of the daemon and of the peers."""
 
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,34 +34,34 @@ class Family:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """Processor time that they have used so far."""
+    """Processor time that they have used so far, with their children that have ended."""
     ticks = 0
     for pid in pids:
         with suppress(OSError):
-            fields = _stat(pid)
-            ticks += int(fields[11]) + int(fields[12])
+            ticks += sum(map(int, _stat(pid)[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class MemorySampler:
-    """The largest sum of resident memory of the daemon and its children, for each label, every 50 ms.
+    """The largest sum of resident memory of a process and its children, for each label, every 50 ms.
 
     A thread of its own; `label` says what is going on. Pages that processes share count for each of them.
+    `find_pid` says which process it is now, and raises `OSError` or `ValueError` when there is none.
     """
 
-    def __init__(self, lock: Path) -> None:
+    def __init__(self, find_pid: Callable[[], int]) -> None:
         self.peaks: dict[str, int] = defaultdict(int)
-        self._lock = lock
+        self._find_pid = find_pid
         self._label = ""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def label(self, label: str) -> None:
-        """Count what is sampled from now on under this label."""
+        """Count what is sampled from now on under this label; nothing is sampled without one."""
         self._label = label
 
     def start(self) -> None:
-        """Begin to sample, whether a daemon runs or not."""
+        """Begin to sample, whether there is a process or not."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -71,9 +72,11 @@ class MemorySampler:
     def _sample(self) -> None:
         family = Family()
         while not self._ended.wait(_SAMPLE_S):
-            with suppress(OSError, ValueError):  # no daemon just now
-                pids = family.pids(int(self._lock.read_text()))
-                label = self._label
+            label = self._label
+            if not label:
+                continue  # looking at all processes costs some time of a processor
+            with suppress(OSError, ValueError):  # none just now
+                pids = family.pids(self._find_pid())
                 self.peaks[label] = max(self.peaks[label], sum(map(_resident_bytes, pids)))
 
 

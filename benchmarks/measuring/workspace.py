@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import replicate
-from capturing.processes import MemorySampler
+from measuring.processes import MemorySampler
 from replicate import connection
 from replicate.home import find_home
 
@@ -34,12 +34,12 @@ class Workspace:
     def __init__(self, directory: str | None) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="rpl-bench-", dir=directory))
         self.project = self.root / "project"
-        self._repository = self.root / "repository"
+        self.repository = self.root / "repository"
         self._home = self.root / "home"
         for name in ("DISABLED", "EXPERIMENT_ID", "REPOSITORY", "PROJECT_DIR"):
             os.environ.pop(f"REPLICATE_{name}", None)
         os.environ["REPLICATE_HOME"] = str(self._home)
-        self.memory = MemorySampler(find_home().lock)
+        self.memory = MemorySampler(self.find_daemon)
         self.memory.start()
         # Mapped and not allocated: reads into memory that begins within a page are several times slower.
         self._buffer = mmap.mmap(-1, _BLOCK)
@@ -54,7 +54,7 @@ class Workspace:
         It has answered every kind of call once, so that nothing is loaded while the clock runs.
         """
         self.stop_daemon()
-        for directory in (self._home, self._repository):
+        for directory in (self._home, self.repository):
             shutil.rmtree(directory, ignore_errors=True)
         self.restart_daemon()
 
@@ -69,13 +69,17 @@ class Workspace:
         first.unlink()
         self.settle()
 
+    def find_daemon(self) -> int:
+        """The pid of the daemon; raises `OSError` or `ValueError` when none runs."""
+        return int(find_home().lock.read_text())
+
     def stop_daemon(self) -> None:
         """Return when no daemon runs any more."""
         connection.stop_daemon(_STOP_TIMEOUT_S)
 
     def begin(self, path: str | None = None) -> replicate.Experiment:
         """A new experiment in the project."""
-        project = replicate.Project(repository=f"file://{self._repository}", directory=self.project)
+        project = replicate.Project(repository=f"file://{self.repository}", directory=self.project)
         return project.experiments.create(path=path, quiet=True)
 
     def settle(self) -> None:

@@ -311,6 +311,7 @@ class Freezer:
         except OSError as error:
             raise self._spool.failure(error) from error
         try:
+            duplicate.wait_for_write(descriptor)
             for start, end in DataMap(descriptor).ranges(before.st_size):
                 try:
                     self._spill.reserve(file, start, end)

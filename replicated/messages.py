@@ -19,7 +19,7 @@ from replicated.experiments import Resolution
 from replicated.intake import Terms
 from replicated.journal import Job
 from replicated.mount.registry import MountInfo
-from replicated.snapshot.capture import CaptureRequest
+from replicated.snapshot.capture import Captured, CaptureRequest
 from replicated.usage import Usage, UsageReport
 
 #: A century: what is more is a mistake, and must not overflow the sum.
@@ -72,6 +72,7 @@ def decode_capture(identifier: str, message: pb.Capture) -> CaptureRequest | Non
         durable=message.mode == "copy",
         mapped=frozenset(message.mapped),
         rung=message.rung,
+        warn_above=message.warn_above_bytes,
     )
 
 
@@ -90,6 +91,24 @@ def decode_terms(
         missed_because=missed_because,
         is_wanted=is_wanted,
     )
+
+
+def encode_captured(captured: Captured, state: str, waiting_because: str) -> pb.CaptureReply:
+    """What came of a capture, as the answer to its request."""
+    reply = pb.CaptureReply(
+        file_count=captured.file_count,
+        size_bytes=captured.size_bytes,
+        warnings=map(wire.encode_text, captured.warnings),
+        state=state,
+        waiting_because=wire.encode_text(waiting_because),
+    )
+    added = captured.unusual
+    if added is not None:
+        reply.unusual.size_bytes = added.size_bytes
+        reply.unusual.file_count = added.file_count
+        for one in added.largest:
+            reply.unusual.largest.add(path=one.path, size_bytes=one.size_bytes, small_files=one.small_files)
+    return reply
 
 
 def encode_resolution(resolution: Resolution) -> pb.Resolution:

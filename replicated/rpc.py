@@ -42,6 +42,7 @@ from replicated.messages import (
     decode_directory,
     decode_target,
     decode_terms,
+    encode_captured,
     encode_failure,
     encode_mount,
     encode_resolution,
@@ -227,13 +228,8 @@ class _Servicer(pb_grpc.DaemonServicer):
         return self._encode_accepted(repository, accepted)
 
     def _encode_accepted(self, repository: str, accepted: Accepted) -> pb.CaptureReply:
-        return pb.CaptureReply(
-            file_count=accepted.captured.file_count,
-            size_bytes=accepted.captured.size_bytes,
-            warnings=map(wire.encode_text, accepted.captured.warnings),
-            state=accepted.state,
-            waiting_because=wire.encode_text(self._services.jobs.waiting_because(repository)),
-        )
+        waiting_because = self._services.jobs.waiting_because(repository)
+        return encode_captured(accepted.captured, accepted.state, waiting_because)
 
     @_unary
     def EndExperiment(self, request: pb.EndExperimentRequest) -> pb.EndExperimentReply:

@@ -222,7 +222,7 @@ def _create(
         label = f"experiment {short(record.id)}" + (f" ({record.name})" if record.name else "")
         files = f"{plural(reply.file_count, 'file')}, {format_size(reply.size_bytes)}"
         notices.say(f"{label} in {project.repository}" + (f": {files}" if paths else ""))
-    tell_reply(reply, quiet=quiet)
+    tell_reply(reply, "experiment", quiet=quiet)
     return ExperimentSummary(record, status="running", state=decode_state(reply.state))
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from replicate import notices
 from replicate.config import RUNG_VARIABLE, RUNGS, ProjectConfig
 from replicate.errors import CaptureFailed, InvalidArgument, PathMissing, ReplicateError
 from replicate.lazy import LazyModule
 from replicate.mappings import find_shared_mappings
+from replicate.phrases import format_size, plural
 from replicate.records import SnapshotState
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def encode_capture(project: ProjectConfig, paths: Sequence[str], ignore: Sequenc
         queue_limit_bytes=project.queue_limit,
         spool_limit_bytes=project.spool_limit,
         upload_limit_bytes_s=project.upload_limit,
+        warn_above_bytes=project.warn_above,
     )
 
 
@@ -48,13 +50,30 @@ def decode_state(state: str) -> SnapshotState:
     return wire.decode_word(state, get_args(SnapshotState), "state")
 
 
-def tell_reply(reply: pb.CaptureReply, *, quiet: bool) -> None:
+def tell_reply(reply: pb.CaptureReply, kind: Literal["experiment", "checkpoint"], *, quiet: bool) -> None:
     """Say what a person should know of a capture."""
     if not quiet:
         for warning in reply.warnings:
             notices.warn_once(warning)
+        if reply.HasField("unusual"):
+            # Once for each kind: a model of this size is saved again and again.
+            notices.warn_once(_describe_unusual(reply.unusual, kind), about=f"size of {kind}")
     if reply.waiting_because:  # trouble, which is told to those who want it quiet too
         notices.warn_once(f"what is captured waits to be stored: {reply.waiting_because}")
+
+
+def _describe_unusual(added: pb.Additions, kind: str) -> str:
+    total = f"{format_size(added.size_bytes)} in {plural(added.file_count, 'file')}"
+    largest = ", ".join(
+        f"{wire.decode_path(one.path)} ({format_size(one.size_bytes)}"
+        + (f" in {plural(one.small_files, 'small file')})" if one.small_files else ")")
+        for one in added.largest
+    )
+    return (
+        f"this {kind} saves unusually much that is new, {total}, most of it in {largest}; leave out what is"
+        " not meant with `ignore` in replicate.yaml or a .replicateignore file, or set `warn_above` in"
+        " replicate.yaml to a larger size or `off`"
+    )
 
 
 def error_for_users(error: ReplicateError) -> Exception:

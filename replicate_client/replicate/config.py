@@ -26,12 +26,13 @@ CaptureMode = Literal["auto", "copy"]
 RepositoryOrigin = Literal["argument", "environment", "config", "default"]
 
 CONFIG_NAMES = ("replicate.yaml", "replicate.yml")
-CONFIG_KEYS = ("repository", "capture", "ignore", "queue_limit", "spool_limit", "upload_limit")
+CONFIG_KEYS = ("repository", "capture", "ignore", "queue_limit", "spool_limit", "upload_limit", "warn_above")
 CAPTURE_MODES: tuple[CaptureMode, ...] = ("auto", "copy")
 #: The ways to freeze a file, first the one that is tried first, that can be insisted on.
 RUNGS = ("lease", "reflink", "memory", "copy")
 #: For debugging, tests and benchmarks: the only rung in which this process has files frozen.
 RUNG_VARIABLE = "REPLICATE_CAPTURE_RUNG"
+DEFAULT_WARN_ABOVE = 10 * 10**9
 DEFAULT_REPOSITORY = "file://.replicate"
 _SCHEMES = ("file://", "s3://", "gs://")
 _YAML_TAG = "tag:yaml.org,2002:"
@@ -55,6 +56,8 @@ class ProjectConfig:
     spool_limit: int = 0
     #: How many bytes a second may be sent to the repository; 0: no limit.
     upload_limit: int = 0
+    #: How many new bytes of one snapshot are unusual enough to be told of; 0: none are.
+    warn_above: int = DEFAULT_WARN_ABOVE
     #: The file that was read, if there is one.
     file: Path | None = None
 
@@ -100,6 +103,7 @@ def find_project(
         queue_limit=settings.queue_limit,
         spool_limit=settings.spool_limit,
         upload_limit=settings.upload_limit,
+        warn_above=settings.warn_above,
         file=file,
     )
 
@@ -171,6 +175,7 @@ class _Settings:
     queue_limit: int = 0
     spool_limit: int = 0
     upload_limit: int = 0
+    warn_above: int = DEFAULT_WARN_ABOVE
 
 
 def _config_in(directory: Path) -> Path | None:
@@ -246,6 +251,7 @@ def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
         queue_limit=_quantity(file, found, "queue_limit", parse_size),
         spool_limit=_quantity(file, found, "spool_limit", parse_size),
         upload_limit=_quantity(file, found, "upload_limit", parse_rate),
+        warn_above=_warn_above(file, found),
     )
 
 
@@ -270,11 +276,13 @@ def _plain_value(node: yaml.Node) -> object:
 
 
 class _Other:
-    """A value that is no text; only a number may be what a key can have."""
+    """A value that is no text; only a number, or `off`, may be what a key can have."""
 
     def __init__(self, node: yaml.Node) -> None:
         #: As it was written, if it is a number.
         self.number = str(node.value) if node.tag in (_YAML_TAG + "int", _YAML_TAG + "float") else ""
+        #: Whether it is one of YAML's words for false, of which `off` is one.
+        self.is_off = node.tag == _YAML_TAG + "bool" and node.value.lower() in ("off", "no", "false")
         known = {"map": "a mapping", "seq": "a list", **dict.fromkeys(_YAML_SCALARS, str(node.value))}
         self._shown = known.get(node.tag.removeprefix(_YAML_TAG), node.tag.replace(_YAML_TAG, "!!"))
 
@@ -312,6 +320,15 @@ def _ignore(file: Path, found: dict[str, tuple[int, object]]) -> tuple[str, ...]
     if not isinstance(value, list) or not all(isinstance(pattern, str) for pattern in value):
         raise ConfigError(f"{file}:{line}: `ignore` must be a list of patterns, not {value!r}")
     return tuple(value)
+
+
+def _warn_above(file: Path, found: dict[str, tuple[int, object]]) -> int:
+    _, value = found.get("warn_above", (0, None))
+    if value is None:
+        return DEFAULT_WARN_ABOVE
+    if value == "off" or (isinstance(value, _Other) and value.is_off):
+        return 0
+    return _quantity(file, found, "warn_above", parse_size)
 
 
 def _quantity(file: Path, found: dict[str, tuple[int, object]], key: str, parse: Callable[[str], int]) -> int:

@@ -143,7 +143,7 @@ class Run:
                     self.stall.give_back(request.stall_ns)
                 notices.warn_once(f"a checkpoint was not saved: {error}")
             return dataclasses.replace(record, state="failed", error=error.message)
-        tell_reply(reply, quiet=quiet)
+        tell_reply(reply, "checkpoint", quiet=quiet)
         state = decode_state(reply.state)
         return record if state == record.state else dataclasses.replace(record, state=state)
 

@@ -26,6 +26,7 @@ from blake3 import blake3
 from replicate.config import RUNG_VARIABLE
 from replicate.errors import CaptureFailed, PathMissing
 from replicated.snapshot import file_systems
+from replicated.snapshot.additions import Additions
 from replicated.snapshot.entries import Header, SameTree, pack_header, pack_same_tree
 from replicated.snapshot.freeze import Freezer
 from replicated.snapshot.held import HeldFiles
@@ -57,6 +58,8 @@ class CaptureRequest:
     mapped: frozenset[bytes] = frozenset()
     #: One of `config.RUNGS`: capture all files that way or fail; empty for the first that can be had.
     rung: str = ""
+    #: How many new bytes are unusual enough to be told of; 0: none are.
+    warn_above: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class Captured:
     #: Of it on the disk of the spool, and not for another snapshot as well.
     spooled_bytes: int = 0
     has_spool: bool = False
+    #: What is new, when that is more than `CaptureRequest.warn_above`.
+    unusual: Additions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,9 +294,10 @@ class _Capture:
             walk.size_bytes,
             warnings,
             entries,
-            freezer.frozen_bytes,
+            freezer.additions.size_bytes,
             freezer.spooled_bytes,
             self._spool.exists,
+            freezer.additions if 0 < request.warn_above < freezer.additions.size_bytes else None,
         )
 
 

@@ -17,6 +17,7 @@ from typing import Final
 from replicate.config import RUNG_VARIABLE
 from replicate.errors import CaptureFailed
 from replicated.snapshot import duplicate
+from replicated.snapshot.additions import Additions
 from replicated.snapshot.entries import HELD, PACKED, SPOOLED, PlainRow, Source
 from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.holes import DataMap, data_bytes
@@ -69,9 +70,9 @@ class Freezer:
         #: What the files of other snapshots are called here; empty when they are gone.
         self._links: dict[tuple[str, str], str] = {}
         self._hard_links_seen = False
-        #: Held, in memory, or in the spool, without holes.
-        self.frozen_bytes = 0
-        #: Of it in the spool.
+        #: What has been frozen: held, in memory, or in the spool.
+        self.additions = Additions()
+        #: Of its bytes those in the spool.
         self.spooled_bytes = 0
 
     def pack(
@@ -87,7 +88,7 @@ class Freezer:
         small_bytes = self._small_bytes
         left = []
         view = self._slab.view if self._slab is not None else memoryview(b"")
-        base, used, total = self._slab_offset, self._used, 0
+        base, used, total, taken = self._slab_offset, self._used, 0, len(rows)
         for name in names:
             try:
                 descriptor = open_(name, OPEN_FLAGS, dir_fd=directory)
@@ -123,7 +124,7 @@ class Freezer:
             total += size
             used = (used + size + _ALIGNMENT - 1) & -_ALIGNMENT
         self._used = used
-        self.frozen_bytes += total
+        self.additions.add_small(len(rows) - taken, total)
         self.spooled_bytes += total
         return left
 
@@ -132,7 +133,8 @@ class Freezer:
     ) -> tuple[PlainRow, Source] | None:
         """Take one bigger file; None when it changed meanwhile and is to be taken again.
 
-        `path` is for messages. With `is_mapped` no other capture's view of it is good enough.
+        `path` is relative to the project directory. With `is_mapped` no other capture's view of it is good
+        enough.
 
         Raises OSError when it cannot be opened or read, and `CaptureFailed` for all else.
         """
@@ -165,7 +167,7 @@ class Freezer:
             if descriptor >= 0:
                 os.close(descriptor)
         if not is_shared:  # else another snapshot keeps it, and counts it
-            self.frozen_bytes += size_bytes
+            self.additions.add_big(path, size_bytes)
         row = (name, info.st_mode, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
         return row, source
 

@@ -171,6 +171,7 @@ class FileTaker:
         listing.has_hard_links |= self._freezer.take_hard_links_seen()
         for name in listing.singles:
             self._take_single(listing, name)
+        self._freezer.additions.end_directory(listing.path)
         if listing.singles or not is_in_order:
             pairs = sorted(zip(listing.rows, listing.sources, strict=True), key=lambda pair: pair[0][0])
             listing.rows = [row for row, _ in pairs]

@@ -117,6 +117,9 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest_valid_one(directo
         ("queue_limit: -5GB\n", 1, "`queue_limit`: not a size such as 20GB"),
         ("queue_limit: 5GB/s\n", 1, "`queue_limit`: not a size such as 20GB"),
         ("upload_limit: fast\n", 1, "`upload_limit`: not a rate such as 50MB/s"),
+        ("warn_above: never\n", 1, "`warn_above`: not a size such as 20GB"),
+        ("warn_above: on\n", 1, "`warn_above`: not a size such as 20GB, 512MiB or 1000000: on"),
+        ("warn_above: 0\n", 1, "`warn_above`: must be from 1 byte"),
     ],
 )
 def test_what_is_wrong_is_told_with_file_and_line(directory, text, line, problem):
@@ -148,6 +151,23 @@ def test_what_is_no_size_is_shown_as_it_was_written(directory, key, written, sho
     with pytest.raises(ConfigError) as caught:
         find_project()
     assert caught.value.message.endswith(f" or 1000000: {shown}")
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("", 10 * 10**9),
+        ("warn_above:\n", 10 * 10**9),
+        ("warn_above: 2TB\n", 2 * 10**12),
+        ("warn_above: 1\n", 1),
+        ("warn_above: off\n", 0),
+        ("warn_above: 'off'\n", 0),
+        ("warn_above: no\n", 0),
+    ],
+)
+def test_what_is_unusual_can_be_said_and_switched_off(directory, text, size_bytes):
+    write(directory, text)
+    assert find_project().warn_above == size_bytes
 
 
 def test_an_upload_limit_may_be_a_rate(directory):

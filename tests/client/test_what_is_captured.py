@@ -70,11 +70,12 @@ def test_a_rung_that_does_not_exist_is_noticed_by_every_init(capture_of, written
 
 def test_the_limits_of_the_project_are_passed_on(capture_of, project):
     (project / "replicate.yaml").write_text(
-        "queue_limit: 1GB\nspool_limit: 2MiB\nupload_limit: 50MB/s\ncapture: copy\n"
+        "queue_limit: 1GB\nspool_limit: 2MiB\nupload_limit: 50MB/s\nwarn_above: 3GB\ncapture: copy\n"
     )
     for capture in capture_of():
         assert (capture.queue_limit_bytes, capture.spool_limit_bytes) == (10**9, 2 << 20)
         assert capture.upload_limit_bytes_s == 50 * 10**6
+        assert capture.warn_above_bytes == 3 * 10**9
         assert capture.mode == "copy"
 
 

@@ -60,7 +60,7 @@ def test_small_files_are_packed_aligned_over_many_slabs(make_freezer, files):
     for row, (kind, offset, name) in zip(rows, sources, strict=True):
         assert (kind, name, offset % 64) == (PACKED, "packed", 0)
         assert packed[offset : offset + row[3]] == contents[row[0]]
-    assert freezer.frozen_bytes == freezer.spooled_bytes == sum(map(len, contents.values()))
+    assert freezer.additions.size_bytes == freezer.spooled_bytes == sum(map(len, contents.values()))
 
 
 def test_pack_leaves_what_is_not_small_or_not_a_file(make_freezer, files):

@@ -234,7 +234,7 @@ class ExperimentSummary(_message.Message):
     def __init__(self, experiment: _Optional[_Union[Experiment, _Mapping]] = ..., status: _Optional[str] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., ended_ns: _Optional[int] = ..., checkpoint_count: _Optional[int] = ..., latest: _Optional[_Union[Checkpoint, _Mapping]] = ..., best: _Optional[_Union[Checkpoint, _Mapping]] = ..., duration_s: _Optional[float] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class Capture(_message.Message):
-    __slots__ = ("project_directory", "paths", "ignore", "mode", "mapped", "rung", "queue_limit_bytes", "spool_limit_bytes", "upload_limit_bytes_s")
+    __slots__ = ("project_directory", "paths", "ignore", "mode", "mapped", "rung", "queue_limit_bytes", "spool_limit_bytes", "upload_limit_bytes_s", "warn_above_bytes")
     PROJECT_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +244,7 @@ class Capture(_message.Message):
     QUEUE_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SPOOL_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_LIMIT_BYTES_S_FIELD_NUMBER: _ClassVar[int]
+    WARN_ABOVE_BYTES_FIELD_NUMBER: _ClassVar[int]
     project_directory: bytes
     paths: _containers.RepeatedScalarFieldContainer[bytes]
     ignore: _containers.RepeatedScalarFieldContainer[bytes]
@@ -253,7 +254,8 @@ class Capture(_message.Message):
     queue_limit_bytes: int
     spool_limit_bytes: int
     upload_limit_bytes_s: int
-    def __init__(self, project_directory: _Optional[bytes] = ..., paths: _Optional[_Iterable[bytes]] = ..., ignore: _Optional[_Iterable[bytes]] = ..., mode: _Optional[str] = ..., mapped: _Optional[_Iterable[bytes]] = ..., rung: _Optional[str] = ..., queue_limit_bytes: _Optional[int] = ..., spool_limit_bytes: _Optional[int] = ..., upload_limit_bytes_s: _Optional[int] = ...) -> None: ...
+    warn_above_bytes: int
+    def __init__(self, project_directory: _Optional[bytes] = ..., paths: _Optional[_Iterable[bytes]] = ..., ignore: _Optional[_Iterable[bytes]] = ..., mode: _Optional[str] = ..., mapped: _Optional[_Iterable[bytes]] = ..., rung: _Optional[str] = ..., queue_limit_bytes: _Optional[int] = ..., spool_limit_bytes: _Optional[int] = ..., upload_limit_bytes_s: _Optional[int] = ..., warn_above_bytes: _Optional[int] = ...) -> None: ...
 
 class CreateExperimentRequest(_message.Message):
     __slots__ = ("repository", "experiment", "capture")
@@ -280,18 +282,40 @@ class CreateCheckpointRequest(_message.Message):
     def __init__(self, repository: _Optional[str] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., capture: _Optional[_Union[Capture, _Mapping]] = ..., stall_ns: _Optional[int] = ..., missed_because: _Optional[str] = ...) -> None: ...
 
 class CaptureReply(_message.Message):
-    __slots__ = ("file_count", "size_bytes", "warnings", "state", "waiting_because")
+    __slots__ = ("file_count", "size_bytes", "warnings", "state", "waiting_because", "unusual")
     FILE_COUNT_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     WAITING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    UNUSUAL_FIELD_NUMBER: _ClassVar[int]
     file_count: int
     size_bytes: int
     warnings: _containers.RepeatedScalarFieldContainer[str]
     state: str
     waiting_because: str
-    def __init__(self, file_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., waiting_because: _Optional[str] = ...) -> None: ...
+    unusual: Additions
+    def __init__(self, file_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., waiting_because: _Optional[str] = ..., unusual: _Optional[_Union[Additions, _Mapping]] = ...) -> None: ...
+
+class Additions(_message.Message):
+    __slots__ = ("size_bytes", "file_count", "largest")
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_FIELD_NUMBER: _ClassVar[int]
+    size_bytes: int
+    file_count: int
+    largest: _containers.RepeatedCompositeFieldContainer[Addition]
+    def __init__(self, size_bytes: _Optional[int] = ..., file_count: _Optional[int] = ..., largest: _Optional[_Iterable[_Union[Addition, _Mapping]]] = ...) -> None: ...
+
+class Addition(_message.Message):
+    __slots__ = ("path", "size_bytes", "small_files")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SMALL_FILES_FIELD_NUMBER: _ClassVar[int]
+    path: bytes
+    size_bytes: int
+    small_files: int
+    def __init__(self, path: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., small_files: _Optional[int] = ...) -> None: ...
 
 class EndExperimentRequest(_message.Message):
     __slots__ = ("repository", "experiment_id", "status", "ended_ns", "is_exiting", "stall_ns")

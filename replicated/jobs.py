@@ -377,6 +377,7 @@ class _Worker:
         limits = [limit for limit in (job.upload_limit, jobs._upload_limit) if limit]
         root = self._storing.ingest(
             job.repository,
+            job.experiment_id,
             job.id,
             jobs._journal.entries(job.id),
             jobs._frozen.spool.path(job.id),

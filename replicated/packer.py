@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, TypeAlias
 
 from replicated.buffers import Buffers
-from replicated.chunk.codec import HASH_BYTES, encode
+from replicated.chunk.codec import HASH_BYTES, Encoded, encode
 from replicated.format.listing import build_index
 from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing, builder_bytes
 from replicated.index import INDEX_PREFIX, Index
@@ -29,6 +29,29 @@ INDEX_AFTER_BYTES: Final = 256 << 20
 INDEX_AFTER_CHUNKS: Final = 1 << 17
 #: Packs of a kind that are in memory: one is filled, one is uploaded, one waits between them.
 MAX_PACKS: Final = {DATA_PACK: 3, TREE_PACK: 2}
+
+
+class Chunk(NamedTuple):
+    """A chunk that may have to be stored."""
+
+    id: bytes
+    plain: bytes | memoryview
+    #: As in `codec.encode`: None when it is not known to be a part of a tensor.
+    item_bytes: int | None = None
+    #: The chunk that it most likely differs little from; b"" when there is none.
+    base: bytes = b""
+
+
+class Stored(NamedTuple):
+    """How a chunk was stored."""
+
+    codec: int
+    plain_length: int
+    stored_length: int
+
+
+#: Encodes chunks one after the other; what it gives is used before the next one is asked for.
+Encode: TypeAlias = Callable[[Sequence[Chunk]], Iterator[Encoded]]
 
 
 @dataclass(slots=True)
@@ -69,20 +92,33 @@ class Packer:
         self._unlisted: list[PackListing] = []
         self._failure: BaseException | None = None
 
-    def add(self, chunks: Sequence[tuple[bytes, bytes | memoryview]], kind: int = DATA_PACK) -> None:
-        """Store those of the chunks, given with their ids, that are new; borrowed for the call."""
+    def add(
+        self, chunks: Sequence[Chunk], kind: int = DATA_PACK, encode: Encode | None = None
+    ) -> list[Stored | None]:
+        """Store those of the chunks that are new; borrowed for the call.
+
+        How each was stored, None for those that are there, or are being stored, already. `encode` gets
+        the new ones; without it each is encoded on its own.
+        """
         self.raise_failure()
         try:
-            new = self._claim([chunk_id for chunk_id, _ in chunks])
-            for chunk_id, plain in chunks:
-                if chunk_id in new:
-                    new.remove(chunk_id)
-                    codec, stored = encode(plain)
-                    self._append(kind, chunk_id, codec, stored, len(plain))
+            new = self._claim([chunk.id for chunk in chunks])
+            positions: list[int] = []
+            for position, chunk in enumerate(chunks):
+                if chunk.id in new:
+                    new.remove(chunk.id)
+                    positions.append(position)
+            fresh = [chunks[position] for position in positions]
+            stored: list[Stored | None] = [None] * len(chunks)
+            for position, encoded in zip(positions, (encode or _encode)(fresh), strict=True):
+                chunk = chunks[position]
+                self._append(kind, chunk.id, encoded, len(chunk.plain))
+                stored[position] = Stored(encoded.codec, len(chunk.plain), len(encoded.stored))
         except BaseException as error:
             # Others rely on what this call has claimed.
             self._fail(error)
             raise
+        return stored
 
     def finish(self) -> None:
         """Upload everything, list it in an index object, and end; raises what failed meanwhile."""
@@ -120,23 +156,16 @@ class Packer:
             self._claimed -= fresh - missing
         return missing
 
-    def _append(
-        self,
-        kind: int,
-        chunk_id: bytes,
-        codec: int,
-        stored: bytes | bytearray | memoryview,
-        plain_length: int,
-    ) -> None:
+    def _append(self, kind: int, chunk_id: bytes, encoded: Encoded, plain_length: int) -> None:
         full = None
         with self._builders_lock:
             builder = self._builders.get(kind)
             if builder is None:
                 builder = self._builders[kind] = PackBuilder(kind, self._memory[kind].take())
-            builder.add(chunk_id, codec, stored, plain_length)
+            builder.add(chunk_id, encoded.codec, encoded.stored, plain_length, encoded.base)
             self._stats.new_chunks += 1
             self._stats.new_plain_bytes += plain_length
-            self._stats.new_stored_bytes += len(stored)
+            self._stats.new_stored_bytes += len(encoded.stored)
             if builder.is_full:
                 full = self._builders.pop(kind)
         if full is not None:
@@ -186,6 +215,11 @@ class Packer:
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
+
+
+def _encode(chunks: Sequence[Chunk]) -> Iterator[Encoded]:
+    for chunk in chunks:
+        yield encode(chunk.plain, chunk.item_bytes)
 
 
 def pack_key(name: bytes) -> str:

@@ -74,6 +74,7 @@ class Storing:
     def ingest(
         self,
         repository_url: str,
+        experiment: str,
         snapshot: str,
         entries: bytes,
         spool_directory: Path,
@@ -96,6 +97,7 @@ class Storing:
                 process.channel.send(
                     store_channel.INGEST,
                     repository_url,
+                    experiment,
                     snapshot,
                     entries,
                     os.fsencode(spool_directory),

@@ -1,47 +1,30 @@
 """Turns files and trees into chunks and nodes: the write side of a repository, for one snapshot.
 
-What is there already is not stored again; which chunks those are and how the rest gets into packs is
-`packer`'s matter. Files are read here, piece by piece into a few buffers, whatever their size; where
-from is the caller's matter. Nothing here becomes visible to readers: that is `Repository.put_snapshot`.
+What is there already is not stored again; how contents become chunks is `contents`' matter, and how those
+get into packs `packer`'s. Nothing here becomes visible to readers: that is `Repository.put_snapshot`.
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, TypeAlias
+from typing import Final
 
-from blake3 import blake3
-
-from replicated.buffers import ALIGNMENT, PAGE_BYTES, Buffers
-from replicated.chunk.cdc import TEXT_SAMPLE_BYTES, ChunkerParameters, Cutter
+from replicated.chunk.cdc import ChunkerParameters
 from replicated.chunk.codec import hash_chunk
-from replicated.format.builders import ContentBuilder, DirectoryBuilder
-from replicated.format.manifest import EMPTY_HASH, MAX_DEPTH, FileContent, RootNode, TreeEntry
+from replicated.contents import ContentWriter, FindBases, PendingContent, ReadInto
+from replicated.format.builders import DirectoryBuilder
+from replicated.format.manifest import MAX_DEPTH, FileContent, RootNode, TreeEntry
 from replicated.format.pack import TREE_PACK
 from replicated.index import Index
-from replicated.packer import Packer, WriteStats
+from replicated.packer import Chunk, Packer, WriteStats
 from replicated.reader import ChunkReader
 from replicated.store.base import Buffer, Store
-
-#: Reads the bytes of a file from an offset on into a buffer, at least one; how many.
-ReadInto: TypeAlias = Callable[[memoryview, int], int]
-
-#: Threads that hash and compress chunks; training comes first.
-MAX_THREADS: Final = 4
-_THREADS = max(2, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
 
 #: Of a root without an entry of its own.
 DEFAULT_ROOT_MODE: Final = 0o755
 
-# Bytes that are read, cut and handed to a thread together: of one file, or of many small ones.
-_WINDOW_BYTES = 8 << 20
-# One is filled, one is with each thread, one waits between them.
-_BUFFERS = _THREADS + 2
 # Chunks of a list that `contains` looks up together.
 _LOOK_UP_BATCH = 4096
 
@@ -65,16 +48,9 @@ class SnapshotWriter:
         self.stats = WriteStats()
         self._index = index
         self._reader = reader
-        self._chunker = chunker
         self._on_progress = on_progress
         self._packer = Packer(store, index, self.stats)
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ingest")
-        # So large that a window with what the one before left over always holds a certain chunk.
-        longest = max(chunker.text.maximum, chunker.binary.maximum, chunker.whole_below)
-        self._buffers = Buffers(_BUFFERS, max(_WINDOW_BYTES, 2 * longest) + PAGE_BYTES)
-        self._batch: _Batch | None = None
-        #: Batches that are being stored, oldest first.
-        self._batches: deque[Future[None]] = deque()
+        self._contents = ContentWriter(self._packer, index, reader, chunker, self._store_node, self.add_known)
 
     def __enter__(self) -> SnapshotWriter:
         return self
@@ -85,9 +61,9 @@ class SnapshotWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._contents.stop()
         self._packer.abandon()
-        self._buffers.close()
+        self._contents.close()
 
     def add_file(self, data: Buffer) -> FileContent:
         """Store the content of one file that is in memory; `data` is borrowed for the call only.
@@ -97,29 +73,34 @@ class SnapshotWriter:
         with memoryview(data) as whole, whole.cast("B") as content:
             return self.add_content(len(content), lambda view, offset: _copy(content, view, offset))
 
-    def add_content(self, size: int, read_into: ReadInto) -> FileContent:
-        """Store the content of one file of `size` bytes.
+    def add_content(self, size: int, read_into: ReadInto, find_bases: FindBases | None = None) -> FileContent:
+        """Store the content of one file of `size` bytes; arguments and errors as for `begin_content`."""
+        return self.begin_content(size, read_into, find_bases).result()
 
-        `read_into` is called in this thread, for all bytes in their order. Raises `RepositoryError`s,
-        `EOFError` when it reads nothing before the end, and what it raises.
+    def begin_content(
+        self, size: int, read_into: ReadInto, find_bases: FindBases | None = None
+    ) -> PendingContent:
+        """Store the content of one file of `size` bytes, and go on while its chunks are on their way.
+
+        `read_into` is called in this thread, until this returns, for all bytes in their order, and before
+        that for some here and there. `find_bases` is asked when the file turns out to hold tensors. Raises
+        `RepositoryError`s, `EOFError` when `read_into` reads nothing before the end, and what it raises.
         """
         self._packer.raise_failure()
-        if size == 0:
-            return FileContent(0, EMPTY_HASH)
-        if size > self._buffers.size:
-            return self._add_long(size, read_into)
-        return self._add_short(size, read_into)
+        return self._contents.begin(size, read_into, find_bases)
 
     def add_known(self, size: int) -> None:
         """Count content that the repository has already as done."""
-        self._report(size)
+        self.stats.bytes_done += size
+        if self._on_progress is not None:
+            self._on_progress(self.stats.bytes_done)
 
     def contains(self, content: FileContent) -> bool:
         """Whether the repository holds this content already (from an earlier `finish`)."""
         if not content.node:
-            return not self._index.find_missing(content.ids())
+            return not self._index.find_missing(content.named_ids())
         # A list can be in the repository before its chunks are, so each of them is looked up.
-        batch: list[bytes] = []
+        batch = [content.layout] if content.layout else []
         pending = [content.node]
         while pending:
             node = pending.pop()
@@ -149,145 +130,18 @@ class SnapshotWriter:
 
     def finish(self) -> None:
         """Make durable everything that was added, and findable by readers of the index."""
-        self._flush()
-        while self._batches:
-            self._batches.popleft().result()
+        self._contents.flush()
         self._packer.finish()
-
-    def _add_short(self, size: int, read_into: ReadInto) -> FileContent:
-        """Store a file that fits into a buffer together with others; its chunks are hashed here."""
-        batch, content = self._reserve(size)
-        _fill(content, read_into, 0)
-        if size < self._chunker.whole_below:
-            digest = hash_chunk(content)
-            batch.chunks.append((digest, content))
-            self._report(size)
-            return FileContent(size, digest)
-        chunks = ContentBuilder(self._store_node)
-        for piece in _split(content, self._new_cutter(content).cut(content, is_last=True)):
-            chunk_id = hash_chunk(piece)
-            batch.chunks.append((chunk_id, piece))
-            chunks.add(chunk_id, len(piece))
-        self._report(size)
-        return chunks.finish(hash_chunk(content))
-
-    def _add_long(self, size: int, read_into: ReadInto) -> FileContent:
-        """Store a file of several windows: read, cut and hash the whole here, its chunks elsewhere."""
-        cutter: Cutter | None = None
-        chunks = ContentBuilder(self._store_node)
-        whole = blake3()
-        # Windows on their way, oldest first: chunks come in order.
-        windows: deque[tuple[Future[list[bytes]], list[int]]] = deque()
-        rest = b""
-        done = 0
-        while done < size:
-            buffer = self._buffers.take()
-            start = -len(rest) % PAGE_BYTES
-            middle = start + len(rest)
-            end = min(len(buffer), middle + size - done)
-            buffer[start:middle] = rest
-            _fill(buffer[middle:end], read_into, done)
-            done += end - middle
-            window = buffer[start:end]
-            if cutter is None:
-                cutter = self._new_cutter(window)
-            lengths = cutter.cut(window, is_last=done == size)
-            certain = window[: sum(lengths)]
-            rest = bytes(window[len(certain) :])
-            windows.append((self._pool.submit(self._store_window, buffer, certain, lengths), lengths))
-            # The buffer is not used again before the next one is taken, so this may take its time.
-            whole.update(certain)
-            while len(windows) > _THREADS:
-                self._collect(windows.popleft(), chunks)
-        while windows:
-            self._collect(windows.popleft(), chunks)
-        return chunks.finish(whole.digest())
-
-    def _store_window(self, buffer: memoryview, window: memoryview, lengths: Sequence[int]) -> list[bytes]:
-        try:
-            pieces = list(_split(window, lengths))
-            ids = [hash_chunk(piece) for piece in pieces]
-            self._packer.add(list(zip(ids, pieces, strict=True)))
-            return ids
-        finally:
-            self._buffers.give_back(buffer)
-
-    def _collect(self, window: tuple[Future[list[bytes]], list[int]], chunks: ContentBuilder) -> None:
-        future, lengths = window
-        for chunk_id, length in zip(future.result(), lengths, strict=True):
-            chunks.add(chunk_id, length)
-        self._report(sum(lengths))
-
-    def _reserve(self, size: int) -> tuple[_Batch, memoryview]:
-        """Room for a file of `size` bytes, at most a buffer's, among others that are stored together."""
-        if self._batch is not None and self._batch.used + size > self._buffers.size:
-            self._flush()
-        if self._batch is None:
-            self._batch = _Batch(self._buffers.take())
-        return self._batch, self._batch.reserve(size)
-
-    def _flush(self) -> None:
-        while self._batches and self._batches[0].done():
-            self._batches.popleft().result()
-        if self._batch is not None:
-            self._batches.append(self._pool.submit(self._store_batch, self._batch))
-            self._batch = None
-
-    def _store_batch(self, batch: _Batch) -> None:
-        try:
-            self._packer.add(batch.chunks)
-        finally:
-            self._buffers.give_back(batch.buffer)
-
-    def _new_cutter(self, content: memoryview) -> Cutter:
-        return Cutter(self._chunker.sizes_for(bytes(content[:TEXT_SAMPLE_BYTES])))
 
     def _store_node(self, data: bytes) -> bytes:
         node = hash_chunk(data)
-        self._packer.add([(node, data)], TREE_PACK)
+        self._packer.add([Chunk(node, data)], TREE_PACK)
         return node
-
-    def _report(self, size: int) -> None:
-        self.stats.bytes_done += size
-        if self._on_progress is not None:
-            self._on_progress(self.stats.bytes_done)
-
-
-class _Batch:
-    """A buffer with the contents of several files, and their chunks."""
-
-    def __init__(self, buffer: memoryview) -> None:
-        self.buffer = buffer
-        self.used = 0
-        self.chunks: list[tuple[bytes, memoryview]] = []
-
-    def reserve(self, size: int) -> memoryview:
-        """The next `size` bytes, which the caller has made sure are there."""
-        start = self.used
-        self.used += size + -size % ALIGNMENT
-        return self.buffer[start : start + size]
-
-
-def _fill(view: memoryview, read_into: ReadInto, offset: int) -> None:
-    """Read as many bytes as there is room for; raises `EOFError`."""
-    done = 0
-    while done < len(view):
-        count = read_into(view[done:], offset + done)
-        if count <= 0:
-            raise EOFError(f"it ends at byte {offset + done}")
-        done += count
 
 
 def _copy(content: memoryview, view: memoryview, offset: int) -> int:
     view[:] = content[offset : offset + len(view)]
     return len(view)
-
-
-def _split(content: memoryview, lengths: Iterable[int]) -> Iterator[memoryview]:
-    start = 0
-    for length in lengths:
-        yield content[start : start + length]
-        start += length
 
 
 @dataclass(slots=True)

@@ -92,3 +92,7 @@ class Cutter:
         if not is_last:
             lengths.pop()
         return lengths
+
+    def cut_zeros(self, length: int) -> list[int]:
+        """What `cut` would say of a window of zeros that is not the last one: nothing ends a chunk early."""
+        return [self._sizes.maximum] * ((length - 1) // self._sizes.maximum)

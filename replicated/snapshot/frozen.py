@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Final, TypeAlias
 
 from replicate.errors import CaptureFailed
+from replicated.contents import ReadInto
 from replicated.snapshot import leases
 from replicated.snapshot.entries import HELD, PACKED, SPOOLED, Row, Source
 from replicated.snapshot.holes import DataMap
-from replicated.writer import ReadInto
 
 #: Opens a held file by its number: a descriptor, the receiver's to close, and the slot of its flag, or
 #: None for a copy that nobody changes. Raises `CaptureFailed` when the file was lost.

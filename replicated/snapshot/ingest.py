@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from replicate.errors import CaptureFailed, RepositoryDamaged
 from replicate.ids import SnapshotId
+from replicated.contents import FindBases, PendingContent
 from replicated.format.canonical import Malformed
 from replicated.format.manifest import EMPTY_HASH, MAX_DEPTH, FileContent, RootNode
 from replicated.format.metadata import Snapshot
@@ -36,6 +37,7 @@ from replicated.snapshot.entries import (
     unpack_sources,
 )
 from replicated.snapshot.frozen import FrozenFiles, open_unchanged
+from replicated.snapshot.keyframes import Keyframes
 from replicated.snapshot.remembered import Remembered
 from replicated.snapshot.treecache import CachedDirectory, CachedTree, TreeCache
 
@@ -52,27 +54,54 @@ def ingest(
     files: FrozenFiles,
     cache: TreeCache | None,
     on_progress: Callable[[int], None] | None = None,
+    *,
+    keyframes: Keyframes | None = None,
+    experiment: str = "",
 ) -> RootNode:
     """Store what was captured; the root that is to be committed with `put_snapshot`.
 
     When this returns, all chunks are durable and indexed, and nothing is visible to readers yet.
-    `on_progress` gets the bytes of content done so far, known ones too. Raises `RepositoryError`s and
+    `on_progress` gets the bytes of content done so far, known ones too. With `keyframes`, tensors may be
+    stored as differences to those of earlier snapshots of the `experiment`. Raises `RepositoryError`s and
     `OSError` (retry), and `CaptureFailed` when what was captured is gone or damaged (final).
     """
     with repository.writer(on_progress) as writer:
         # The writer has just brought the index up to date.
         generation = repository.index.generation
         with Remembered(generation) as remembered:
-            trees = _Trees(repository, generation, writer, header, files, cache, remembered)
+            if keyframes is not None:
+                keyframes.forget()  # what an ingest has left that failed
+                # Elsewhere reading the chunks before costs more than it saves.
+                if repository.store.capabilities.local_root is None:
+                    keyframes = None
+            series = _Series(keyframes, experiment, generation)
+            trees = _Trees(repository, generation, writer, header, files, cache, remembered, series)
             try:
                 root = trees.store(snapshot_id, records)
             except (ValueError, Malformed) as error:
                 raise CaptureFailed(f"what was captured is not a tree: {error}") from error
             writer.finish()
+            if keyframes is not None:
+                keyframes.save()
             if cache is not None:
                 tree = (header.tree_key, CachedTree(snapshot_id, root, generation))
                 remembered.tell(cache, tree if header.tree_key else None)
     return root
+
+
+class _Series(NamedTuple):
+    """Finds what the tensors of a file may be stored as differences to."""
+
+    keyframes: Keyframes | None
+    experiment: str
+    generation: int
+
+    def finder(self, path: bytes) -> FindBases | None:
+        """For a file at `path`; None when it is to be stored on its own."""
+        keyframes = self.keyframes
+        if keyframes is None:
+            return None
+        return lambda layout: keyframes.series(self.experiment, path, layout, self.generation)
 
 
 @dataclass(slots=True)
@@ -105,7 +134,7 @@ class _Open:
     #: Of its files and links; not looked at while `is_same`.
     rows: list[Row] = field(default_factory=list)
     #: The content of each file and the target of each link, in the order of the rows.
-    contents: list[FileContent | bytes] = field(default_factory=list)
+    contents: list[PendingContent | FileContent | bytes] = field(default_factory=list)
     children: list[tuple[bytes, int, int, bytes]] = field(default_factory=list)
     below: _Totals = field(default_factory=_Totals)
 
@@ -122,6 +151,7 @@ class _Trees:
         files: FrozenFiles,
         cache: TreeCache | None,
         remembered: Remembered,
+        series: _Series,
     ) -> None:
         self._repository = repository
         self._generation = generation
@@ -130,6 +160,7 @@ class _Trees:
         self._files = files
         self._cache = cache
         self._remembered = remembered
+        self._series = series
 
     def store(self, snapshot_id: SnapshotId, records: Iterator[CapturedDirectory | SameTree]) -> RootNode:
         first = next(records, None)
@@ -193,12 +224,12 @@ class _Trees:
 
     def _find_missing(self, contents: list[FileContent]) -> frozenset[FileContent]:
         """Those of the contents that the repository does not have."""
-        chunk_ids = {chunk_id for content in contents if not content.node for chunk_id in content.ids()}
-        missing = self._repository.index.find_missing(chunk_ids)
+        named = {chunk_id for content in contents if not content.node for chunk_id in content.named_ids()}
+        missing = self._repository.index.find_missing(named)
         return frozenset(
             content
             for content in contents
-            if (not self._contains(content) if content.node else not missing.isdisjoint(content.ids()))
+            if (not self._contains(content) if content.node else not missing.isdisjoint(content.named_ids()))
         )
 
     def _contains(self, content: FileContent) -> bool:
@@ -209,7 +240,7 @@ class _Trees:
 
     def _store_one(
         self, directory: bytes, row: Row, source: Source, missing: frozenset[FileContent]
-    ) -> FileContent | bytes:
+    ) -> PendingContent | FileContent | bytes:
         if row.is_link != (source[0] == LINK):
             raise ValueError(f"a link without target, or a target without link: {row.name!r}")
         if row.is_link:
@@ -219,7 +250,7 @@ class _Trees:
         path = os.path.join(directory, row.name)
         if source[0] != KNOWN:
             with _named(path), self._files.open(source) as read_into:
-                return self._writer.add_content(row.size, read_into)
+                return self._writer.begin_content(row.size, read_into, self._series.finder(path))
         content = _known_content(row, source)
         if content not in missing:
             self._writer.add_known(row.size)
@@ -258,17 +289,20 @@ class _Trees:
                 self._store_one(done.record.path, row, source, frozenset())
                 for row, source in zip(done.rows, sources, strict=True)
             ]
-        node = self._store_node(done)
+        contents = [
+            content.result() if isinstance(content, PendingContent) else content for content in done.contents
+        ]
+        node = self._store_node(done, contents)
         for row in done.rows:
             done.below.add((0, 0, 1, 0) if row.is_link else (1, 0, 0, row.size))
         totals = done.below.as_tuple()
-        self._remember(done, children, node, totals)
+        self._remember(done, contents, children, node, totals)
         return node, totals
 
-    def _store_node(self, done: _Open) -> bytes:
+    def _store_node(self, done: _Open, contents: Sequence[FileContent | bytes]) -> bytes:
         builder = self._writer.new_directory()
         entries: list[tuple[bytes, Row | tuple[int, int], FileContent | bytes]] = [
-            (row.name, row, content) for row, content in zip(done.rows, done.contents, strict=True)
+            (row.name, row, content) for row, content in zip(done.rows, contents, strict=True)
         ]
         entries += [(name, (mode, mtime_ns), node) for name, mode, mtime_ns, node in done.children]
         entries.sort(key=lambda entry: entry[0])
@@ -284,12 +318,19 @@ class _Trees:
 
     # For the next capture
 
-    def _remember(self, done: _Open, children: bytes, node: bytes, totals: tuple[int, int, int, int]) -> None:
+    def _remember(
+        self,
+        done: _Open,
+        contents: Sequence[FileContent | bytes],
+        children: bytes,
+        node: bytes,
+        totals: tuple[int, int, int, int],
+    ) -> None:
         path = self._absolute(done.record.path)
         if done.record.is_complete:
-            self._remembered.add(path, done.record, done.rows, done.contents, children, node, totals)
+            self._remembered.add(path, done.record, done.rows, contents, children, node, totals)
         else:
-            self._remembered.add_part(path, done.record, done.cached, done.rows, done.contents)
+            self._remembered.add_part(path, done.record, done.cached, done.rows, contents)
 
     def _absolute(self, path: bytes) -> bytes:
         project_directory = self._header.project_directory

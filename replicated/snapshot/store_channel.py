@@ -18,7 +18,7 @@ import msgpack
 
 from replicate.errors import ReplicateError, from_code
 
-#: From the daemon: [url, snapshot, entries, spool directory, bytes a second].
+#: From the daemon: [url, experiment, snapshot, entries, spool directory, bytes a second].
 INGEST: Final = "ingest"
 #: From the daemon: what is running is not wanted any more; answered like an ingest.
 ABORT: Final = "abort"

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from replicate.ids import SnapshotId
 from replicated.format.manifest import RootNode
@@ -34,6 +34,7 @@ from replicated.snapshot import store_channel
 from replicated.snapshot.entries import pack_root, read_entries
 from replicated.snapshot.frozen import FrozenFiles
 from replicated.snapshot.ingest import ingest
+from replicated.snapshot.keyframes import Keyframes
 from replicated.snapshot.spool import Spool
 from replicated.snapshot.store_channel import Channel, ChannelClosed, Message
 from replicated.snapshot.treecache import TreeCache
@@ -82,6 +83,14 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
 
+class _Caches(NamedTuple):
+    """What is remembered of one repository between snapshots."""
+
+    key: tuple[str, str]
+    trees: TreeCache
+    keyframes: Keyframes
+
+
 class _Aborted(Exception):
     """The daemon does not want the snapshot any more."""
 
@@ -94,7 +103,7 @@ class _StoreProcess:
         self._idle_exit_s = idle_exit_s
         self._limit = UploadLimit()
         self._repositories = OpenRepositories(cache, wrap=lambda store: LimitedStore(store, self._limit))
-        self._tree_cache: tuple[tuple[str, str], TreeCache] | None = None
+        self._caches: _Caches | None = None
         #: Filled by the thread that receives.
         self._requests: SimpleQueue[Message] = SimpleQueue()
         self._answers: SimpleQueue[Message] = SimpleQueue()
@@ -142,11 +151,14 @@ class _StoreProcess:
         except Exception as error:
             return store_channel.describe_failure(error)
 
-    def _ingest(self, url: str, snapshot: str, entries: bytes, spool_directory: bytes) -> RootNode:
+    def _ingest(
+        self, url: str, experiment: str, snapshot: str, entries: bytes, spool_directory: bytes
+    ) -> RootNode:
         spool = Path(os.fsdecode(spool_directory))
         pieces = [entries] if entries else Spool(spool.parent).read_entries(spool.name)
         repository = self._repositories.get(url)
         header, records = read_entries(pieces)
+        caches = self._find_caches(url, repository.id)
         with FrozenFiles(spool, self._open_held, self._flags) as files:
             return ingest(
                 repository,
@@ -154,19 +166,25 @@ class _StoreProcess:
                 header,
                 records,
                 files,
-                self._find_tree_cache(url, repository.id),
+                caches.trees,
                 self._on_progress,
+                keyframes=caches.keyframes,
+                experiment=experiment,
             )
 
-    def _find_tree_cache(self, url: str, repository_id: str) -> TreeCache:
+    def _find_caches(self, url: str, repository_id: str) -> _Caches:
+        """What is remembered of a repository; of the last one only, nearly always the same."""
         key = (url, repository_id)
-        if self._tree_cache is None or self._tree_cache[0] != key:
-            if self._tree_cache is not None:
-                self._tree_cache[1].close()
-            cache = TreeCache(self._cache / "trees", repository_id, url)
-            cache.prune(time.time_ns())
-            self._tree_cache = key, cache
-        return self._tree_cache[1]
+        if self._caches is None or self._caches.key != key:
+            if self._caches is not None:
+                self._caches.trees.close()
+                self._caches.keyframes.close()
+            trees = TreeCache(self._cache / "trees", repository_id, url)
+            trees.prune(time.time_ns())
+            keyframes = Keyframes(self._cache / "keyframes", repository_id, url)
+            keyframes.prune()
+            self._caches = _Caches(key, trees, keyframes)
+        return self._caches
 
     def _open_held(self, number: int) -> tuple[int, int | None]:
         self._channel.send(store_channel.OPEN_HELD, number)

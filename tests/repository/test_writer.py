@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from replicate.errors import RepositoryFull, RepositoryUnreachable
 from replicate.ids import SnapshotId, new_id
-from replicated import packer
-from replicated import writer as writer_module
+from replicated import contents, packer
 from replicated.chunk.cdc import ChunkerParameters, ChunkSizes, Cutter
 from replicated.format import pack
 from replicated.format.listing import parse_index
@@ -239,7 +238,8 @@ def test_failed_writer_stays_failed(tmp_path: Path) -> None:
 def test_content_that_is_read_in_pieces_is_the_content_in_memory(
     monkeypatch: pytest.MonkeyPatch, size: int, read_bytes: int, variety: int, whole_below: int
 ) -> None:
-    monkeypatch.setattr(writer_module, "_WINDOW_BYTES", 0)
+    monkeypatch.setattr(contents, "_WINDOW_BYTES", 0)
+    monkeypatch.setattr(contents, "PIECE_BYTES", 1024)
     sizes = ChunkSizes(64, 256, 1024)
     chunker = ChunkerParameters(whole_below, sizes, sizes)
     data = bytes(random.Random(size).choices(range(variety), k=size))
@@ -454,7 +454,7 @@ def test_writer_killed_at_any_write_leaves_a_repository_that_goes_on(tmp_path: P
     script = """
 import os, random, sys
 from pathlib import Path
-from replicated import packer
+from replicated import contents, packer
 from replicated.format import pack
 from replicated.format.manifest import TreeEntry
 from replicated.format.metadata import Snapshot

@@ -81,6 +81,7 @@ def store(storing, repository, frozen, *, on_progress=ignore, limit=0, entries=N
     snapshot = SnapshotId(frozen.spool.name)
     root = storing.ingest(
         repository.url,
+        "an experiment",
         snapshot,
         frozen.entries if entries is None else entries,
         frozen.spool,

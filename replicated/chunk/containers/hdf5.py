@@ -153,7 +153,8 @@ class _File:
             dimensions, tree = unpack(_CHUNKS, layout, _DATA_LAYOUT_START.size)
             key_bytes = _CHUNK_KEY.size + 8 * dimensions
             for key, address in self._leaves(tree, _NODE_OF_CHUNKS, key_bytes):
-                yield Extent(self._start + address, *unpack(_CHUNK_KEY, key), item_bytes)
+                (size,) = unpack(_CHUNK_KEY, key)
+                yield Extent(self._start + address, size, item_bytes)
 
     def _is_new(self, address: int) -> bool:
         is_new = address != _NO_ADDRESS and address not in self._visited

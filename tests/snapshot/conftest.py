@@ -230,15 +230,21 @@ class Captures:
         if kind == KNOWN:
             return self._stored[about[0]]
         if kind == HELD:
-            opened = self.held.open(identifier, about[0])
-            try:
-                return os.pread(opened.descriptor, entry.size, 0)
-            finally:
-                os.close(opened.descriptor)
+            return self._read_held(identifier, about[0], entry.size)
         offset = about[0] if kind == PACKED else 0
         with (self.spool.path(identifier) / about[-1]).open("rb") as file:
             file.seek(offset)
             return file.read(entry.size)
+
+    def _read_held(self, identifier, number, size):
+        while True:
+            opened = self.held.open(identifier, number)
+            try:
+                data = os.pread(opened.descriptor, size, 0)
+            finally:
+                os.close(opened.descriptor)
+            if opened.slot is None or os.pread(self.held.flags_descriptor, 1, opened.slot) == b"\0":
+                return data
 
     def store(self, captured, identifier="a" * 64, forget=True):
         """Do what an ingest does for the cache: the next capture knows all that this one had."""

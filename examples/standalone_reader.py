@@ -103,9 +103,17 @@ def join_planes(stored, length, widths):
     return bytes(plain)
 
 
-def xor(first, second):
-    number = int.from_bytes(first, "little") ^ int.from_bytes(second, "little")
-    return number.to_bytes(len(first), "little")
+def add_differences(changes, base, width):
+    """The bytes that differ from those of the base by so much."""
+    whole = len(base) // width * width
+    plain = bytearray()
+    for start, end, size in ((0, whole, width), (whole, len(base), 1)):
+        for at in range(start, end, size):
+            change = int.from_bytes(changes[at : at + size], "little")
+            change = (change >> 1) ^ -(change & 1)
+            number = int.from_bytes(base[at : at + size], "little") + change
+            plain += (number % (1 << 8 * size)).to_bytes(size, "little")
+    return bytes(plain)
 
 
 class Repository:
@@ -141,7 +149,8 @@ class Repository:
         elif codec == DELTA:
             base = self.read_chunk(stored[:32], is_base=True)
             require(len(base) == plain_length, f"chunk {chunk.hex()} has a base of another length")
-            plain = xor(join_planes(stored[32:], plain_length, (1, 2, 4, 8)), base)
+            changes = join_planes(stored[32:], plain_length, (1, 2, 4, 8))
+            plain = add_differences(changes, base, stored[32])
         require(blake3(plain).digest() == chunk, f"chunk {chunk.hex()} in pack {pack} is damaged")
         return plain
 

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import zstandard
 from blake3 import blake3
 
-from replicated.chunk.estimate import Estimate, judge, judge_numbers, take_sample
+from replicated.chunk.estimate import Estimate, find_width, judge, judge_numbers, take_sample
 from replicated.chunk.frames import Plain, compress, compress_entropy
 
 RAW: Final = 0
@@ -130,16 +130,18 @@ def encode_delta(plain: Plain, base_id: bytes, base: Plain, item_bytes: int = 0)
     if len(plain) < _MIN_COMPRESSED_BYTES:
         return None
     sample, base_sample = take_sample(plain), take_sample(base)
-    difference = int.from_bytes(sample, "little") ^ int.from_bytes(base_sample, "little")
-    estimate = judge_numbers(difference.to_bytes(len(sample), "little"), item_bytes)
+    width = item_bytes or find_width(sample)[0]
+    # Only here: a repository without tensors needs no numpy.
+    from replicated.chunk.planes import differ
+
+    difference = bytearray(len(sample))
+    differ(sample, base_sample, width, memoryview(difference))
+    estimate = judge_numbers(bytes(difference), width)
     alone = min(judge(plain, sample, item_bytes).ratio, 1.0)
     if not _is_worth(len(plain) * (estimate.ratio + 1 - alone) + _DELTA_OVERHEAD_BYTES, len(plain)):
         return None
     changes = _scratch.take("changes", len(plain))
-    # Only here: a repository without tensors needs no numpy.
-    from replicated.chunk.planes import xor
-
-    xor(plain, base, changes)
+    differ(plain, base, width, changes)
     stored = _encode_planes(changes, estimate, base_id)
     return Encoded(DELTA, stored, base_id) if _is_worth(len(stored), len(plain)) else None
 

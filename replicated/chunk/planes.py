@@ -9,12 +9,14 @@ needs numpy. The interpreter's lock is released in every step.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from replicated.chunk.frames import Plain
+
+# Differences are made of so many bytes at a time, which stay in the processor's cache.
+_PIECE_BYTES = 64 << 10
 
 
 def split(plain: Plain, width: int, planes: memoryview) -> None:
@@ -32,7 +34,10 @@ def split(plain: Plain, width: int, planes: memoryview) -> None:
 
 
 def merge(planes: Sequence[Plain], tail: Plain, base: Plain | None = None) -> bytes:
-    """The bytes that have these planes, all of one length, and end with `tail`, XORed with `base`."""
+    """The bytes that have these planes, all of one length, and end with `tail`.
+
+    With `base`, the planes are those of what `differ` has written.
+    """
     width, count = len(planes), len(planes[0])
     # Bytes cannot be written to, but BytesIO gives away those that it was filled with, without a copy.
     whole = io.BytesIO(bytes(width * count + len(tail)))
@@ -46,15 +51,41 @@ def merge(planes: Sequence[Plain], tail: Plain, base: Plain | None = None) -> by
             del numbers
         plain[width * count :] = tail
         if base is not None:
-            xor(plain, base, plain)
+            _apply(plain, base, width)
     return whole.getvalue()
 
 
-def xor(first: Plain, second: Plain, out: memoryview) -> None:
-    """Write the XOR of two buffers of the same length, at least one byte, into a third, or one of them."""
-    if len(out):
-        np.bitwise_xor(_bytes(first), _bytes(second), out=_bytes(out))
+def differ(plain: Plain, base: Plain, width: int, out: memoryview) -> None:
+    """Write how numbers of `width` bytes differ from those of a base, small differences as small numbers.
+
+    Of what fills no number, bytes are compared. All three have the same length.
+    """
+    for kind, start, count in _parts(len(plain), width):
+        difference = np.frombuffer(out, kind, count, start)
+        np.subtract(
+            np.frombuffer(plain, kind, count, start), np.frombuffer(base, kind, count, start), out=difference
+        )
+        # 0, -1, 1, -2, 2, … become 0, 1, 2, 3, 4, …: the high bytes of small differences are zeros.
+        signs = difference >> (8 * difference.itemsize - 1)
+        np.left_shift(difference, 1, out=difference)
+        np.bitwise_xor(difference, signs, out=difference)
 
 
-def _bytes(buffer: Plain) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(buffer, np.uint8)
+def _apply(changes: memoryview, base: Plain, width: int) -> None:
+    """Turn what `differ` wrote into the numbers themselves."""
+    for kind, start, count in _parts(len(changes), width):
+        numbers = np.frombuffer(changes, kind, count, start)
+        unsigned = numbers.view(numbers.dtype.str.replace("i", "u"))
+        signs = -(numbers & 1)
+        np.right_shift(unsigned, 1, out=unsigned)
+        np.bitwise_xor(numbers, signs, out=numbers)
+        np.add(numbers, np.frombuffer(base, kind, count, start), out=numbers)
+
+
+def _parts(length: int, width: int) -> Iterator[tuple[str, int, int]]:
+    """Kind, first byte and count of the numbers, piece by piece, and of the bytes after them."""
+    whole = length // width * width
+    for start in range(0, whole, _PIECE_BYTES):
+        yield f"<i{width}", start, min(_PIECE_BYTES, whole - start) // width
+    if whole < length:
+        yield "|i1", whole, length - whole

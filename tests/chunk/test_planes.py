@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicated.chunk.planes import merge, split, xor
+from replicated.chunk.planes import differ, merge, split
 
 WIDTHS = st.sampled_from([1, 2, 4, 8])
 
@@ -38,22 +38,28 @@ def test_merging_undoes_splitting_at_any_address(plain: bytes, width: int, offse
 def test_merging_with_a_base_undoes_splitting_a_difference(plain: bytes, width: int, numbers: Random) -> None:
     base = numbers.randbytes(len(plain))
     difference = bytearray(len(plain))
-    xor(plain, base, memoryview(difference))
-    assert difference == bytes(a ^ b for a, b in zip(plain, base, strict=True))
+    differ(plain, base, width, memoryview(difference))
     tail = bytes(difference)[len(plain) // width * width :]
     assert merge(planes_of(bytes(difference), width), tail, base) == plain
 
 
 def test_nothing_but_a_tail_is_left_as_it_is() -> None:
     assert merge([b""] * 8, b"abc") == b"abc"
-    assert merge([b""] * 8, b"abc", b"\0 \0") == b"aBc"
+    assert merge([b""] * 8, b"\0\1\2", b"abc") == b"aad"
     assert merge([b""], b"", b"") == b""
 
 
-def test_xor_may_overwrite_what_it_reads() -> None:
-    data = bytearray(b"\x0f\xf0")
-    xor(data, b"\xff\xff", memoryview(data))
-    assert data == b"\xf0\x0f"
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_small_differences_are_small_numbers(width: int) -> None:
+    def join(*numbers: int) -> bytes:
+        return b"".join((number % 256**width).to_bytes(width, "little") for number in numbers)
+
+    half = 256**width // 2
+    base = join(5, 5, 5, 0, half - 1, 7)
+    plain = join(5, 4, 6, -1, half, 5)
+    out = bytearray(len(base))
+    differ(plain, base, width, memoryview(out))
+    assert out == join(0, 1, 2, 1, 2, 3)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])

@@ -28,8 +28,8 @@ END = "<!-- end of pack dump -->\n"
 
 #: One hundred letters `a`: magic, single segment with a size of one byte, one block of run-length kind.
 RUN = bytes.fromhex("28b52ffd 20 64 230300 61")
-#: What makes 99 letters `a` and a `b` of those: 99 zeros, a block of run-length kind, and a 3, a raw block.
-DIFFERENCE = bytes.fromhex("28b52ffd 20 64 1a0300 00 090000 03")
+#: What makes 99 letters `a` and a `b` of those: 99 zeros, a run-length block, and twice 1, a raw block.
+DIFFERENCE = bytes.fromhex("28b52ffd 20 64 1a0300 00 090000 02")
 LETTERS = b"a" * 100
 BASE = blake3(LETTERS).digest()
 #: The base, width 1, plane 0 is a frame, its length, the frame.

@@ -29,7 +29,8 @@ ONE, OTHER, THIRD = (random.Random(0).randbytes(SIZE - 1) + bytes([n]) for n in 
 
 def make_delta(plain: bytes, base: bytes) -> bytes:
     """One plane of bytes, compressed."""
-    difference = bytes(a ^ b for a, b in zip(plain, base, strict=True))
+    signed = ((a - b + 128) % 256 - 128 for a, b in zip(plain, base, strict=True))
+    difference = bytes(2 * d if d >= 0 else -2 * d - 1 for d in signed)
     frame = zstandard.compress(difference)
     return hash_chunk(base) + struct.pack("<BBI", 1, 1, len(frame)) + frame
 

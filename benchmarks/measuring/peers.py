@@ -39,7 +39,7 @@ class Peers:
         self._problems: dict[str, str] = {}
         self._is_skipped = is_skipped
         if is_skipped:
-            print("skipped: peers are left out of a quick run unless --peers names their environments")
+            print("skipped: all peers")
 
     def start_keepsake(self, directory: Path) -> "Peer | None":
         """Keepsake in a new project, with an experiment begun."""

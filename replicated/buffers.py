@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import Empty, LifoQueue
 from typing import Final
 
 #: Reading into memory that begins elsewhere than at a page or at a multiple of 64 bytes can take five times
@@ -22,7 +22,8 @@ class Buffers:
 
     def __init__(self, count: int, size: int) -> None:
         self.size = size
-        self._free: SimpleQueue[memoryview | None] = SimpleQueue()
+        # Last in, first out: what was used before is used again, and the others need not be made.
+        self._free: LifoQueue[memoryview | None] = LifoQueue()
         self._made: list[mmap.mmap] = []
         for _ in range(count):
             self._free.put(None)

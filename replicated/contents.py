@@ -88,8 +88,12 @@ class ContentWriter:
         chunker: ChunkerParameters,
         store_node: StoreNode,
         report: Callable[[int], None],
+        buffers: Buffers,
     ) -> None:
-        """`report` is called in the caller's thread with the bytes that are done since the last time."""
+        """`report` is called in the caller's thread with the bytes that are done since the last time.
+
+        `buffers` are `make_buffers`', borrowed; all have been given back when `flush` has returned.
+        """
         self._packer = packer
         self._index = index
         self._reader = reader
@@ -97,9 +101,7 @@ class ContentWriter:
         self._store_node = store_node
         self._report = report
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ingest")
-        # So large that a window with what the one before left over always holds a certain chunk.
-        longest = max(chunker.text.maximum, chunker.binary.maximum, chunker.whole_below, PIECE_BYTES)
-        self._buffers = Buffers(_BUFFERS, max(_WINDOW_BYTES, 2 * longest) + PAGE_BYTES)
+        self._buffers = buffers
         self._batch: _Batch | None = None
         #: Batches of small files that are being stored, oldest first.
         self._batches: deque[Future[None]] = deque()
@@ -125,10 +127,6 @@ class ContentWriter:
     def stop(self) -> None:
         """End the threads; what they have not begun is dropped."""
         self._pool.shutdown(cancel_futures=True)
-
-    def close(self) -> None:
-        """Give the memory back; after `stop`."""
-        self._buffers.close()
 
     # Small files
 
@@ -292,6 +290,14 @@ class ContentWriter:
     def _take(self) -> memoryview:
         self._packer.raise_failure()
         return self._buffers.take()
+
+
+def make_buffers(chunker: ChunkerParameters) -> Buffers:
+    """What contents are read into."""
+    # So large that a window with what the one before left over always holds a certain chunk.
+    longest = max(chunker.text.maximum, chunker.binary.maximum, chunker.whole_below, PIECE_BYTES)
+    size = max(_WINDOW_BYTES, 2 * longest)
+    return Buffers(_BUFFERS, size + -size % PAGE_BYTES + PAGE_BYTES)
 
 
 class _Cut(NamedTuple):

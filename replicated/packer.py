@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
@@ -50,6 +50,9 @@ class Stored(NamedTuple):
     stored_length: int
 
 
+#: Of each kind of pack, what builders fill.
+PackMemory: TypeAlias = Mapping[int, Buffers]
+
 #: Encodes chunks one after the other; what it gives is used before the next one is asked for.
 Encode: TypeAlias = Callable[[Sequence[Chunk]], Iterator[Encoded]]
 
@@ -75,7 +78,9 @@ class Packer:
         index: Index,
         stats: WriteStats,
         random_name: Callable[[], bytes] = lambda: secrets.token_bytes(HASH_BYTES),
+        memory: PackMemory | None = None,
     ) -> None:
+        """`memory` is borrowed; all of it has been given back when `finish` has returned."""
         self._store = store
         self._index = index
         self._stats = stats
@@ -87,7 +92,7 @@ class Packer:
         self._builders_lock = threading.Lock()
         self._builders: dict[int, PackBuilder] = {}
         self._uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._memory = {kind: Buffers(count, builder_bytes(kind)) for kind, count in MAX_PACKS.items()}
+        self._memory = make_pack_memory() if memory is None else memory
         # Belongs to the uploader's thread: packs in the store that no index object lists yet.
         self._unlisted: list[PackListing] = []
         self._failure: BaseException | None = None
@@ -135,8 +140,6 @@ class Packer:
         """End without writing what is not written yet; may be called at any time, also twice."""
         self._fail(RuntimeError("the writer was abandoned"))
         self._uploader.shutdown()
-        for memory in self._memory.values():
-            memory.close()
 
     def raise_failure(self) -> None:
         """Raise what has failed in any thread; nothing can be stored any more then."""
@@ -215,6 +218,11 @@ class Packer:
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
+
+
+def make_pack_memory() -> PackMemory:
+    """Room for as many packs as there may be at a time."""
+    return {kind: Buffers(count, builder_bytes(kind)) for kind, count in MAX_PACKS.items()}
 
 
 def _encode(chunks: Sequence[Chunk]) -> Iterator[Encoded]:

@@ -36,7 +36,7 @@ from replicated.packer import PACK_PREFIX
 from replicated.reader import ChunkMemory, ChunkReader
 from replicated.store import open_store
 from replicated.store.base import KeyMissing, Store
-from replicated.writer import SnapshotWriter
+from replicated.writer import SnapshotWriter, WriteMemories
 
 __all__ = ["Repository", "SnapshotWriter"]
 
@@ -96,6 +96,7 @@ class Repository:
         self._settings = settings
         self._index = Index(cache / "index", settings.id, store)
         self._reader = ChunkReader(store, self._index, _MEMORY)
+        self._memories = WriteMemories(settings.chunker)
 
     @classmethod
     def open(cls, url: str, *, cache: Path, create: bool) -> Repository:
@@ -137,13 +138,16 @@ class Repository:
         """Give up the local index and what is kept in memory; may be called twice."""
         self._reader.close()
         self._index.close()
+        self._memories.close()
 
     # Writing
 
     def writer(self, on_progress: Callable[[int], None] | None = None) -> SnapshotWriter:
         """A new writer. `on_progress` gets the bytes of content done so far, from any thread."""
         self._index.refresh()
-        return SnapshotWriter(self._store, self._index, self._reader, self._settings.chunker, on_progress)
+        return SnapshotWriter(
+            self._store, self._index, self._reader, self._settings.chunker, on_progress, self._memories
+        )
 
     def check_writable(self) -> None:
         """Raise `RepositoryUnreachable` if it is known that nothing can be written."""

@@ -6,6 +6,7 @@ get into packs `packer`'s. Nothing here becomes visible to readers: that is `Rep
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,12 +14,12 @@ from typing import Final
 
 from replicated.chunk.cdc import ChunkerParameters
 from replicated.chunk.codec import hash_chunk
-from replicated.contents import ContentWriter, FindBases, PendingContent, ReadInto
+from replicated.contents import ContentWriter, FindBases, PendingContent, ReadInto, make_buffers
 from replicated.format.builders import DirectoryBuilder
 from replicated.format.manifest import MAX_DEPTH, FileContent, RootNode, TreeEntry
 from replicated.format.pack import TREE_PACK
 from replicated.index import Index
-from replicated.packer import Chunk, Packer, WriteStats
+from replicated.packer import Chunk, Packer, WriteStats, make_pack_memory
 from replicated.reader import ChunkReader
 from replicated.store.base import Buffer, Store
 
@@ -27,6 +28,52 @@ DEFAULT_ROOT_MODE: Final = 0o755
 
 # Chunks of a list that `contains` looks up together.
 _LOOK_UP_BATCH = 4096
+
+
+class WriteMemory:
+    """The memory of one writer."""
+
+    def __init__(self, chunker: ChunkerParameters) -> None:
+        self.buffers = make_buffers(chunker)
+        self.packs = make_pack_memory()
+
+    def close(self) -> None:
+        """Give it back to the system now."""
+        self.buffers.close()
+        for packs in self.packs.values():
+            packs.close()
+
+
+class WriteMemories:
+    """Keeps the memory of a writer for the next one. May be used from several threads.
+
+    Using memory for the first time costs more than reading, hashing and copying what is put there.
+    """
+
+    def __init__(self, chunker: ChunkerParameters) -> None:
+        self._chunker = chunker
+        self._lock = threading.Lock()
+        self._spare: WriteMemory | None = None
+
+    def take(self) -> WriteMemory:
+        """Memory for a writer."""
+        with self._lock:
+            memory, self._spare = self._spare, None
+        return memory or WriteMemory(self._chunker)
+
+    def give_back(self, memory: WriteMemory) -> None:
+        """Let another writer have a memory, all of which is free again."""
+        with self._lock:
+            spare, self._spare = self._spare, memory
+        if spare is not None:
+            spare.close()
+
+    def close(self) -> None:
+        """Give back to the system what no writer has."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
 
 
 class SnapshotWriter:
@@ -44,13 +91,19 @@ class SnapshotWriter:
         reader: ChunkReader,
         chunker: ChunkerParameters,
         on_progress: Callable[[int], None] | None = None,
+        memories: WriteMemories | None = None,
     ) -> None:
         self.stats = WriteStats()
+        self._is_finished = False
         self._index = index
         self._reader = reader
         self._on_progress = on_progress
-        self._packer = Packer(store, index, self.stats)
-        self._contents = ContentWriter(self._packer, index, reader, chunker, self._store_node, self.add_known)
+        self._memories = WriteMemories(chunker) if memories is None else memories
+        self._memory = self._memories.take()
+        self._packer = Packer(store, index, self.stats, memory=self._memory.packs)
+        self._contents = ContentWriter(
+            self._packer, index, reader, chunker, self._store_node, self.add_known, self._memory.buffers
+        )
 
     def __enter__(self) -> SnapshotWriter:
         return self
@@ -63,7 +116,11 @@ class SnapshotWriter:
     ) -> None:
         self._contents.stop()
         self._packer.abandon()
-        self._contents.close()
+        # What failed may not have given back all of it.
+        if self._is_finished:
+            self._memories.give_back(self._memory)
+        else:
+            self._memory.close()
 
     def add_file(self, data: Buffer) -> FileContent:
         """Store the content of one file that is in memory; `data` is borrowed for the call only.
@@ -132,6 +189,7 @@ class SnapshotWriter:
         """Make durable everything that was added, and findable by readers of the index."""
         self._contents.flush()
         self._packer.finish()
+        self._is_finished = True
 
     def _store_node(self, data: bytes) -> bytes:
         node = hash_chunk(data)

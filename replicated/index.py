@@ -64,10 +64,23 @@ CREATE TABLE identity (
 INSERT INTO identity VALUES (random());
 """
 
-# Of two places the one without a base is kept: it can be read alone, and so two deltas of each other, in
-# two packs, never wait for one another.
-_INSERT_CHUNK = """
-INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)
+# Rows for `chunks`, in any order, of index objects that are being taken in.
+_INCOMING = """
+CREATE TEMP TABLE incoming (
+    id BLOB NOT NULL,
+    pack INTEGER NOT NULL,
+    offset INTEGER NOT NULL,
+    stored_length INTEGER NOT NULL,
+    plain_length INTEGER NOT NULL,
+    codec INTEGER NOT NULL,
+    base INTEGER NOT NULL
+)
+"""
+# In the order of the table, so that each of its pages is written once. Of two places the one without a base
+# is kept: it can be read alone, and so two deltas of each other, in two packs, never wait for one another.
+# (`WHERE true` tells the parser that ON begins no join.)
+_MERGE = """
+INSERT INTO chunks SELECT * FROM incoming WHERE true ORDER BY id
 ON CONFLICT (id) DO UPDATE SET
     pack = excluded.pack,
     offset = excluded.offset,
@@ -77,6 +90,13 @@ ON CONFLICT (id) DO UPDATE SET
     base = 0
 WHERE base != 0 AND excluded.base = 0
 """
+#: Rows that are merged at once: as many as may be, because with millions of chunks each merge writes most
+#: pages of the table, but other processes must not wait for longer than `sqlite.BUSY_TIMEOUT_S`.
+MAX_MERGED_ROWS: Final = 1 << 19
+#: The inner pages of ten million chunks take 6 MiB.
+_CACHE_KIB = 16 << 10
+#: What the write-ahead log may keep of the disk after a large merge.
+_MAX_IDLE_LOG_BYTES = 32 << 20
 
 _OBJECT_KEY = re.compile(INDEX_PREFIX + r"([0-9a-f]{64})")
 #: Ids in one query; SQLite allows some thousand variables.
@@ -158,7 +178,7 @@ class Index:
     def add(self, object_name: str, listings: Sequence[PackListing]) -> None:
         """Take in an index object that was just written."""
         with self._lock:
-            self._attempt(lambda: self._insert(object_name, listings))
+            self._attempt(lambda: self._insert([(bytes.fromhex(object_name), listings)]))
 
     def locate(self, chunk_ids: Iterable[bytes]) -> dict[bytes, Location]:
         """Where these chunks lie; those that are not known are left out."""
@@ -179,20 +199,32 @@ class Index:
 
     def _refresh(self) -> None:
         # The known ones first: an object that is written meanwhile must not look like a vanished one.
-        known = {name.hex() for (name,) in self._connection.execute("SELECT name FROM objects")}
-        listed = set()
+        known = {name for (name,) in self._connection.execute("SELECT name FROM objects")}
+        new = []
         for info in self._store.list(INDEX_PREFIX):
             if match := _OBJECT_KEY.fullmatch(info.key):
-                listed.add(match.group(1))
-        if known - listed:
+                name = bytes.fromhex(match.group(1))
+                if name in known:
+                    known.remove(name)
+                else:
+                    new.append(name)
+        if known:
             # Somebody has collected garbage, or an older copy was put back: nothing can be trusted.
             self._start_anew()
-            known = set()
-        damaged = set()
-        for name in sorted(listed - known):
-            key = INDEX_PREFIX + name
+            self._refresh()
+            return
+        damaged: set[str] = set()
+        self._insert(self._load_objects(sorted(new), damaged))
+        self._damaged = frozenset(damaged)
+
+    def _load_objects(
+        self, names: Iterable[bytes], damaged: set[str]
+    ) -> Iterator[tuple[bytes, list[PackListing]]]:
+        """Index objects with their names; the keys of those that cannot be read are added to `damaged`."""
+        for name in names:
+            key = INDEX_PREFIX + name.hex()
             try:
-                self._insert(name, parse_index(self._store.get(key)))
+                yield name, parse_index(self._store.get(key))
             except KeyMissing:
                 continue
             except Malformed as error:
@@ -203,7 +235,6 @@ class Index:
                     f"{key} in {self._store.url} was written by a newer version: {error}",
                     hint="upgrade replicate-vcs; nothing was changed",
                 ) from error
-        self._damaged = frozenset(damaged)
 
     def _load_generation(self) -> int:
         found = self._connection.execute("SELECT generation FROM identity").fetchone()
@@ -212,21 +243,45 @@ class Index:
         (generation,) = found
         return int(generation)
 
-    def _insert(self, object_name: str, listings: Sequence[PackListing]) -> None:
+    def _insert(self, objects: Iterable[tuple[bytes, Sequence[PackListing]]]) -> None:
+        """Take in index objects, several at once."""
+        names: list[bytes] = []
+        row_count = 0
+        for name, listings in objects:
+            self._connection.execute("BEGIN IMMEDIATE")
+            with self._connection as connection:
+                if not names:
+                    connection.execute("DELETE FROM incoming")  # what a failure has left
+                for listing in listings:
+                    self._stage(listing)
+            names.append(name)
+            row_count += sum(len(listing.records) for listing in listings)
+            if row_count >= MAX_MERGED_ROWS:
+                self._merge(names)
+                names, row_count = [], 0
+        if names:
+            self._merge(names)
+
+    def _stage(self, listing: PackListing) -> None:
+        connection = self._connection
+        pack = _number(connection, "packs", "name", listing.name)
+        bases = {record.base for record in listing.records} - {b""}
+        base_numbers = {base: _number(connection, "bases", "id", base) for base in sorted(bases)}
+        connection.execute("UPDATE packs SET base_count = ? WHERE number = ?", (len(bases), pack))
+        connection.executemany(
+            "INSERT INTO incoming VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                (chunk_id, pack, *place, base_numbers.get(base, 0))
+                for chunk_id, *place, base in listing.records
+            ),
+        )
+
+    def _merge(self, names: Sequence[bytes]) -> None:
+        """Make what is staged known, and these index objects as taken in: both or nothing."""
         with self._connection as connection:
-            for listing in listings:
-                pack = _number(connection, "packs", "name", listing.name)
-                bases = {record.base for record in listing.records} - {b""}
-                base_numbers = {base: _number(connection, "bases", "id", base) for base in sorted(bases)}
-                connection.execute("UPDATE packs SET base_count = ? WHERE number = ?", (len(bases), pack))
-                connection.executemany(
-                    _INSERT_CHUNK,
-                    (
-                        (chunk_id, pack, *place, base_numbers.get(base, 0))
-                        for chunk_id, *place, base in sorted(listing.records)  # in the table's order: faster
-                    ),
-                )
-            connection.execute("INSERT OR IGNORE INTO objects VALUES (?)", (bytes.fromhex(object_name),))
+            connection.execute(_MERGE)
+            connection.execute("DELETE FROM incoming")
+            connection.executemany("INSERT OR IGNORE INTO objects VALUES (?)", ((name,) for name in names))
 
     def _locate(self, wanted: Sequence[bytes]) -> dict[bytes, Location]:
         found: dict[bytes, Location] = {}
@@ -278,9 +333,13 @@ class Index:
 
     def _open(self, at_least: int = 0) -> sqlite3.Connection:
         try:
-            return self._files.open(at_least)[1]
+            connection = self._files.open(at_least)[1]
         except DatabaseUnusable as error:
             raise self._unusable(error.reason) from error
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        connection.execute(f"PRAGMA journal_size_limit = {_MAX_IDLE_LOG_BYTES}")
+        connection.execute(_INCOMING)
+        return connection
 
     def _unusable(self, reason: str) -> RepositoryUnreachable:
         return RepositoryUnreachable(
@@ -291,9 +350,12 @@ class Index:
 
 def _number(connection: sqlite3.Connection, table: str, column: str, value: bytes) -> int:
     """The number of a row of `packs` or `bases`, which is made when there is none."""
-    connection.execute(f"INSERT OR IGNORE INTO {table} ({column}) VALUES (?)", (value,))
-    (number,) = connection.execute(f"SELECT number FROM {table} WHERE {column} = ?", (value,)).fetchone()
-    return int(number)
+    found = connection.execute(f"SELECT number FROM {table} WHERE {column} = ?", (value,)).fetchone()
+    if found is not None:
+        return int(found[0])
+    number = connection.execute(f"INSERT INTO {table} ({column}) VALUES (?)", (value,)).lastrowid
+    assert number is not None
+    return number
 
 
 def _batches(items: Iterable[bytes]) -> Iterator[list[bytes]]:

@@ -17,7 +17,7 @@ from typing import Final, NoReturn, TypeAlias, TypeVar
 
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible
 from replicated.chunk.codec import ChunkDamaged, UnknownCodec, decode, hash_chunk
-from replicated.format.canonical import Malformed
+from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.manifest import (
     ChunkList,
     DirectoryNode,
@@ -25,6 +25,7 @@ from replicated.format.manifest import (
     parse_directory,
     parse_layout,
 )
+from replicated.format.pack import parse_pack
 from replicated.index import Index, Location
 from replicated.packer import pack_key
 from replicated.store.base import KeyMissing, Store
@@ -166,7 +167,8 @@ class ChunkReader:
         """Chunks from the store; those that fail are tried again with an index that is surely right."""
         found = self._read_places(self.locate(wanted))
         failed = [chunk_id for chunk_id in wanted if chunk_id not in found]
-        if failed and not self._rebuilt:
+        # Making the index anew takes minutes when there are millions of chunks.
+        if failed and not self._rebuilt and not self._is_index_right(failed):
             self._rebuilt = True
             self._index.rebuild()
             found.update(self._read_places(self.locate(failed)))
@@ -245,6 +247,23 @@ class ChunkReader:
             if chunk_id in unchecked or hash_chunk(plain) == chunk_id:
                 found[chunk_id] = plain
         return found
+
+    def _is_index_right(self, chunk_ids: Iterable[bytes]) -> bool:
+        """Whether the packs themselves say that these chunks are where the index has them."""
+        chunks_by_pack: dict[bytes, dict[bytes, Location]] = {}
+        places = self.locate(list(chunk_ids))
+        bases = {place.base for place in places.values() if place.base}
+        for chunk_id, place in {**places, **self._index.locate(bases)}.items():
+            chunks_by_pack.setdefault(place.pack, {})[chunk_id] = place
+        for name, expected in chunks_by_pack.items():
+            try:
+                listing = parse_pack(name, self._store.get(pack_key(name)))
+            except (KeyMissing, Malformed, NewerFormat):
+                return False
+            found = {Location(name, *record[1:]) for record in listing.records if record[0] in expected}
+            if not found.issuperset(expected.values()):
+                return False
+        return True
 
     def _raise_damaged(self, chunk_id: bytes) -> NoReturn:
         """Say what is wrong with a chunk that could not be read."""

@@ -9,7 +9,9 @@ import pytest
 from replicate.errors import NotFound, NotStored, RepositoryError
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
+from replicated.chunk.codec import hash_chunk
 from replicated.format.metadata import EndEdit, Snapshot
+from replicated.packer import pack_key
 from replicated.repository import Repository
 
 Save = Callable[[Repository, dict[str, bytes]], Snapshot]
@@ -158,4 +160,23 @@ def test_every_byte_of_the_stored_chunks_matters(
                 fresh.read_chunk(chunk_id)
             fresh.close()
         opened.store.replace(key, good)
+    opened.close()
+
+
+def test_damaged_chunk_does_not_cost_the_index(
+    repository: Repository, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    """Reading all index objects again would take minutes in a repository of millions of chunks."""
+    opened = Repository.open(repository.url, cache=tmp_path / "known", create=False)
+    opened.index.refresh()
+    chunk_id = hash_chunk(FILES["dir/raw"])
+    place = opened.index.locate([chunk_id])[chunk_id]
+    key = pack_key(place.pack)
+    damaged = bytearray(opened.store.get(key))
+    damaged[place.offset] ^= 0xFF
+    opened.store.replace(key, bytes(damaged))
+    generation = opened.index.generation
+    with pytest.raises(RepositoryError, match=chunk_id.hex()):
+        opened.read_chunk(chunk_id)
+    assert opened.index.generation == generation
     opened.close()

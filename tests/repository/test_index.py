@@ -15,8 +15,11 @@ from blake3 import blake3
 
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible, RepositoryUnreachable
 from replicate.ids import SnapshotId
-from replicated.format.listing import INDEX_HEADER
+from replicated import index
+from replicated.chunk.codec import RAW
+from replicated.format.listing import INDEX_HEADER, build_index
 from replicated.format.metadata import Snapshot
+from replicated.format.pack import DATA_PACK, PackListing, Record
 from replicated.repository import Repository
 from replicated.store.memory import MemoryStore
 
@@ -222,6 +225,40 @@ def test_index_object_of_a_later_version_stops_everything(
     repository.store.put("index/" + "ab" * 32, [body, blake3(body).digest()])
     with pytest.raises(RepositoryIncompatible, match="newer version"):
         load(open_again("fresh"), snapshot.id)
+
+
+def put_object(repository: Repository, name: str, chunk_id: bytes, version: int = 1) -> None:
+    """An index object of one chunk, in a pack that is not there."""
+    listing = PackListing(chunk_id[::-1], DATA_PACK, 1000, (Record(chunk_id, 64, 5, 5, RAW),))
+    data = bytearray(build_index([listing])[:-32])
+    data[8] = version
+    repository.store.put(f"index/{name}", [bytes(data), blake3(data).digest()])
+
+
+@pytest.mark.parametrize("merged_at_once", [1, 3, 100])
+def test_index_objects_are_taken_in_several_at_once(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, merged_at_once: int
+) -> None:
+    monkeypatch.setattr(index, "MAX_MERGED_ROWS", merged_at_once)
+    chunk_ids = [bytes([number]) * 32 for number in range(10)]
+    for chunk_id in chunk_ids:
+        put_object(repository, chunk_id.hex(), chunk_id)
+    repository.index.refresh()
+    places = repository.index.locate(chunk_ids)
+    assert {chunk_id: place.pack for chunk_id, place in places.items()} == {c: c[::-1] for c in chunk_ids}
+
+
+def test_what_an_interrupted_refresh_has_read_is_not_known_later(repository: Repository) -> None:
+    """The index object that was read may be gone by then."""
+    gone, kept = b"g" * 32, b"k" * 32
+    put_object(repository, "00" * 32, gone)
+    put_object(repository, "ff" * 32, b"x" * 32, version=2)
+    with pytest.raises(RepositoryIncompatible):
+        repository.index.refresh()
+    repository.store.delete("index/" + "00" * 32, "index/" + "ff" * 32)
+    put_object(repository, "11" * 32, kept)
+    repository.index.refresh()
+    assert repository.index.find_missing([gone, kept]) == {gone}
 
 
 def test_foreign_files_among_the_index_objects_are_passed_over(

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from blake3 import blake3
 
-from replicate.errors import RepositoryDamaged
+from replicate.errors import RepositoryError
 from replicated.buffers import ALIGNMENT, PAGE_BYTES, Buffers
 from replicated.chunk.cdc import TEXT_SAMPLE_BYTES, ChunkerParameters, Cutter
 from replicated.chunk.codec import Encoded, encode, encode_delta, hash_chunk
@@ -66,14 +66,19 @@ FindBases: TypeAlias = Callable[[Layout], "Bases | None"]
 class PendingContent:
     """The content of a file whose chunks may still be on their way."""
 
-    def __init__(self, complete: Callable[[], FileContent]) -> None:
-        self._complete = complete
-        self._content: FileContent | None = None
+    def __init__(self, content: FileContent | None, wait: Callable[[], None]) -> None:
+        """`wait` returns once something has become of the oldest content that is on its way."""
+        self._content = content
+        self._wait = wait
+
+    def complete(self, content: FileContent) -> None:
+        """Called by the writer, once."""
+        self._content = content
 
     def result(self) -> FileContent:
         """The content; waits for it. To be called before the writer finishes; raises what failed."""
-        if self._content is None:
-            self._content = self._complete()
+        while self._content is None:
+            self._wait()
         return self._content
 
 
@@ -110,11 +115,11 @@ class ContentWriter:
 
     def begin(self, size: int, read_into: ReadInto, find_bases: FindBases | None) -> PendingContent:
         """Read and cut a content; its chunks may still be on their way when this returns."""
+        if size == 0:
+            return PendingContent(FileContent(0, EMPTY_HASH), self._collect)
         if size < self._chunker.whole_below:
-            content = self._add_whole(size, read_into) if size else FileContent(0, EMPTY_HASH)
-            return PendingContent(lambda: content)
-        file = self._add_in_windows(size, read_into, find_bases)
-        return PendingContent(lambda: self._complete(file))
+            return PendingContent(self._add_whole(size, read_into), self._collect)
+        return self._add_in_windows(size, read_into, find_bases)
 
     def flush(self) -> None:
         """Wait until everything that was begun is with the packer."""
@@ -162,10 +167,13 @@ class ContentWriter:
 
     # Longer files
 
-    def _add_in_windows(self, size: int, read_into: ReadInto, find_bases: FindBases | None) -> _File:
+    def _add_in_windows(
+        self, size: int, read_into: ReadInto, find_bases: FindBases | None
+    ) -> PendingContent:
         cutting: _Cutting | None = None
         bases: Bases | None = None
-        file = _File(ContentBuilder(self._store_node))
+        pending = PendingContent(None, self._collect)
+        file = _File(pending, ContentBuilder(self._store_node))
         whole = blake3()
         rest = b""
         done = 0
@@ -194,9 +202,10 @@ class ContentWriter:
             while len(self._windows) > _THREADS:
                 self._collect()
         assert cutting is not None, "the file is not empty"
-        file.digest = whole.digest()
         file.last, file.layout = self._store_metadata(cutting.metadata), cutting.layout
-        return file
+        file.digest = whole.digest()
+        file.complete_if_done()
+        return pending
 
     def _begin_cutting(
         self, size: int, window: memoryview, read_into: ReadInto, find_bases: FindBases | None
@@ -254,8 +263,9 @@ class ContentWriter:
         usable = [chunk_id for chunk_id, place in self._index.locate(wanted).items() if not place.base]
         try:
             return self._reader.read_many(usable)
-        except RepositoryDamaged as error:
-            _log.warning("tensors are stored without the chunks before them: %s", error)
+        except RepositoryError as error:
+            # What cannot be read is only not saved: where storing fails as well, that says so.
+            _log.warning("tensors are stored on their own, not as differences: %s", error)
             return {}
 
     def _collect(self) -> None:
@@ -267,6 +277,7 @@ class ContentWriter:
             if window.bases is not None and cut.piece >= 0:
                 window.bases.note(cut.piece, chunk_id, how)
         window.file.windows -= 1
+        window.file.complete_if_done()
         self._report(window.size)
 
     def _store_metadata(self, metadata: bytearray) -> list[tuple[bytes, int]]:
@@ -279,13 +290,6 @@ class ContentWriter:
             chunks.append((hash_chunk(room), len(piece)))
             batch.chunks.append(Chunk(chunks[-1][0], room))
         return chunks
-
-    def _complete(self, file: _File) -> FileContent:
-        while file.windows:
-            self._collect()
-        for chunk_id, length in file.last:
-            file.chunks.add(chunk_id, length)
-        return file.chunks.finish(file.digest, file.layout)
 
     def _take(self) -> memoryview:
         self._packer.raise_failure()
@@ -378,14 +382,24 @@ class _AtTensors:
 class _File:
     """A file whose windows are on their way."""
 
-    def __init__(self, chunks: ContentBuilder) -> None:
+    def __init__(self, pending: PendingContent, chunks: ContentBuilder) -> None:
+        self.pending = pending
         self.chunks = chunks
         #: Windows whose chunks are not in `chunks` yet.
         self.windows = 0
         #: Chunks that come after those of all windows, with their lengths.
         self.last: list[tuple[bytes, int]] = []
-        self.digest = b""
         self.layout: Sequence[int] = ()
+        #: Of the whole; empty until all of it has been read.
+        self.digest = b""
+
+    def complete_if_done(self) -> None:
+        """Complete the content once nothing of it is on its way: then only that is kept of the file."""
+        if self.windows or not self.digest:
+            return
+        for chunk_id, length in self.last:
+            self.chunks.add(chunk_id, length)
+        self.pending.complete(self.chunks.finish(self.digest, self.layout))
 
 
 class _Window(NamedTuple):

@@ -167,9 +167,7 @@ class ContentWriter:
 
     # Longer files
 
-    def _add_in_windows(
-        self, size: int, read_into: ReadInto, find_bases: FindBases | None
-    ) -> PendingContent:
+    def _add_in_windows(self, size: int, read_into: ReadInto, find_bases: FindBases | None) -> PendingContent:
         cutting: _Cutting | None = None
         bases: Bases | None = None
         pending = PendingContent(None, self._collect)
@@ -248,10 +246,13 @@ class ContentWriter:
     def _encode(self, chunks: Sequence[Chunk]) -> Iterator[Encoded]:
         """Encode new chunks of one window, as differences where that pays."""
         bases = self._read_bases(chunks)
+        # Known, and still to be stored: as differences to what is lost. The index has one place for each
+        # chunk, and prefers one without a base.
+        damaged = self._index.locate(chunk.id for chunk in chunks if chunk.base in bases)
         for chunk in chunks:
             encoded = None
             base = bases.get(chunk.base)
-            if base is not None and len(base) == len(chunk.plain) and chunk.base != chunk.id:
+            if base is not None and len(base) == len(chunk.plain) and chunk.id not in damaged:
                 encoded = encode_delta(chunk.plain, chunk.base, base, chunk.item_bytes or 0)
             yield encoded if encoded is not None else encode(chunk.plain, chunk.item_bytes)
 
@@ -262,7 +263,7 @@ class ContentWriter:
         # A base must be stored without one, so that reading never needs more than two chunks.
         usable = [chunk_id for chunk_id, place in self._index.locate(wanted).items() if not place.base]
         try:
-            return self._reader.read_many(usable)
+            return self._reader.read_many(usable, is_once=True)
         except RepositoryError as error:
             # What cannot be read is only not saved: where storing fails as well, that says so.
             _log.warning("tensors are stored on their own, not as differences: %s", error)

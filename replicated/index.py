@@ -90,6 +90,13 @@ ON CONFLICT (id) DO UPDATE SET
     base = 0
 WHERE base != 0 AND excluded.base = 0
 """
+# A delta is worth nothing without its base.
+_READABLE = """
+SELECT id FROM chunks WHERE id IN ({marks}) AND (base = 0 OR EXISTS (
+    SELECT 1 FROM bases JOIN chunks AS other ON other.id = bases.id
+    WHERE bases.number = chunks.base AND other.base = 0
+))
+"""
 #: Rows that are merged at once: as many as may be, because with millions of chunks each merge writes most
 #: pages of the table, but other processes must not wait for longer than `sqlite.BUSY_TIMEOUT_S`.
 MAX_MERGED_ROWS: Final = 1 << 19
@@ -187,7 +194,7 @@ class Index:
             return self._attempt(lambda: self._locate(wanted))
 
     def find_missing(self, chunk_ids: Iterable[bytes]) -> set[bytes]:
-        """Those of the chunks that are not known."""
+        """Those of the chunks that are not known, or only as deltas to chunks that are not."""
         wanted = set(chunk_ids)
         with self._lock:
             return wanted.difference(self._attempt(lambda: self._known(wanted)))
@@ -300,7 +307,7 @@ class Index:
         found: list[bytes] = []
         for batch in _batches(wanted):
             marks = ",".join("?" * len(batch))
-            rows = self._connection.execute(f"SELECT id FROM chunks WHERE id IN ({marks})", batch)
+            rows = self._connection.execute(_READABLE.format(marks=marks), batch)
             found.extend(chunk_id for (chunk_id,) in rows)
         return found
 

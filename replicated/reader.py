@@ -107,16 +107,17 @@ class ChunkReader:
         """The plain bytes of one chunk; raises as `read_many`."""
         return self.read_many([chunk_id])[chunk_id]
 
-    def read_many(self, chunk_ids: Sequence[bytes]) -> dict[bytes, bytes]:
+    def read_many(self, chunk_ids: Sequence[bytes], *, is_once: bool = False) -> dict[bytes, bytes]:
         """Several chunks, with as few reads of the store as their places allow.
 
-        Raises `RepositoryDamaged` naming the chunk, `RepositoryIncompatible`, `RepositoryUnreachable`.
+        Those that are read `is_once` are not kept in memory. Raises `RepositoryDamaged` naming the chunk, `RepositoryIncompatible`, `RepositoryUnreachable`.
         """
         found = self._memory.recall(self._name, chunk_ids)
         missing = [chunk_id for chunk_id in dict.fromkeys(chunk_ids) if chunk_id not in found]
         if missing:
             fetched = self._fetch(missing)
-            self._memory.remember(self._name, fetched)
+            if not is_once:
+                self._memory.remember(self._name, fetched)
             found.update(fetched)
         return found
 

@@ -316,11 +316,16 @@ class Repository:
     def iter_chunks(self, snapshot: Snapshot, seen: Seen | None = None) -> Iterator[StoredChunk]:
         """Every chunk and node of a snapshot, each once.
 
-        What is in `seen` is left out, with all that lies below it, and what is given is added to it.
+        What is in `seen` is left out, with all that lies below it, and what is given is added to it. Raises
+        `RepositoryDamaged` for one that is in no index, or whose base is in none.
         """
         references = self._iter_references(snapshot, set() if seen is None else seen)
         while batch := dict(islice(references, _LOOK_UP_BATCH)):
-            for chunk_id, place in self._reader.locate(list(batch)).items():
+            places = self._reader.locate(list(batch))
+            bases = {place.base for place in places.values() if place.base}
+            if self._index.find_missing(bases):
+                self._reader.locate(sorted(bases))
+            for chunk_id, place in places.items():
                 yield StoredChunk(
                     chunk_id,
                     place.plain_length,

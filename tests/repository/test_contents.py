@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from replicate.errors import RepositoryDamaged, RepositoryUnreachable
 from replicated.chunk.cdc import ChunkerParameters, ChunkSizes, Cutter
 from replicated.chunk.codec import DELTA, PLANES
 from replicated.chunk.tensor import PIECE_BYTES, Layout
 from replicated.contents import Bases, ReadInto
 from replicated.file_reader import FileReader
+from replicated.format.listing import parse_index
 from replicated.format.manifest import FileContent
 from replicated.packer import Stored
+from replicated.reader import ChunkMemory, ChunkReader
 from replicated.repository import Repository
 
 PARAMETERS = ChunkerParameters()
@@ -144,6 +147,63 @@ def test_base_that_is_not_there_is_not_needed(repository: Repository, base: byte
     content, _ = store(repository, data, bases)
     assert read(repository, content) == data
     assert {stored.codec for _, stored in bases.noted if stored} == {PLANES}
+
+
+def lose(repository: Repository, chunk_id: bytes) -> None:
+    """Damage the index object that lists a chunk, and make the index anew."""
+    root = repository.store.capabilities.local_root
+    assert root
+    for path in (root / "index").iterdir():
+        data = path.read_bytes()
+        if any(record.chunk_id == chunk_id for listing in parse_index(data) for record in listing.records):
+            path.chmod(0o644)
+            path.write_bytes(data[:-1])
+    repository.index.rebuild()
+
+
+@pytest.mark.parametrize("has_other_base", [False, True])
+def test_difference_to_what_is_lost_is_stored_again(repository: Repository, has_other_base: bool) -> None:
+    before, step = weights(600_000, 1), weights(600_000, 2) * np.float32(0.001)
+    keyframe, later, other, again = NamedBases(), NamedBases(), NamedBases(), NamedBases()
+    store(repository, safetensors([before]), keyframe)
+    later.named = keyframe.ids()
+    data = safetensors([before + step])
+    content, _ = store(repository, data, later)
+    lose(repository, keyframe.ids()[0])
+    with pytest.raises(RepositoryDamaged):
+        read(repository, content)
+    with repository.writer() as writer:
+        assert not writer.contains(content)
+    if has_other_base:
+        store(repository, safetensors([before - step]), other)
+        again.named = other.ids()
+    store(repository, data, again)
+    assert {stored.codec for _, stored in again.noted if stored} == {PLANES}
+    assert read(repository, content) == data
+    repository.index.rebuild()
+    assert read(repository, content) == data
+
+
+def test_base_that_cannot_be_read_costs_bytes_only(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, step = weights(600_000, 1), weights(600_000, 2) * np.float32(0.001)
+    keyframe, later = NamedBases(), NamedBases()
+    store(repository, safetensors([before]), keyframe)
+    later.named = keyframe.ids()
+    get = repository.store.get
+
+    def refuse(key: str, *where: int) -> bytes:
+        if key.startswith("packs/"):
+            raise RepositoryUnreachable("Input/output error")
+        return get(key, *where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repository.store, "get", refuse)
+        patch.setattr(repository, "_reader", ChunkReader(repository.store, repository.index, ChunkMemory(0)))
+        content, _ = store(repository, safetensors([before + step]), later)
+    assert {stored.codec for _, stored in later.noted if stored} == {PLANES}
+    assert read(repository, content) == safetensors([before + step])
 
 
 def test_chunks_that_are_there_are_noted_as_such(repository: Repository) -> None:

@@ -134,8 +134,8 @@ def make_anew(store: Store, caches: Path, chunk_count: int) -> None:
                 f"{what}: {clock.elapsed:.2f} s, processor {clock.cpu:.2f} s, "
                 f"{clock.written / chunk_count:.0f} B written a chunk, peak {peak_mib():.0f} MiB"
             )
-        size = database(caches).stat().st_size
-        print(f"file after reading anew: {size / 1e6:.0f} MB, {size / chunk_count:.1f} B/chunk")
+    size = database(caches).stat().st_size
+    print(f"file after reading anew: {size / 1e6:.0f} MB, {size / chunk_count:.1f} B/chunk")
 
 
 class Clock:

@@ -29,6 +29,7 @@ from replicate.home import PRIVATE_MODE, Home, make_private
 from replicated.admission import Admission
 from replicated.browse import Browser
 from replicated.experiments import Experiments
+from replicated.heap import keep_memory
 from replicated.intake import Intake
 from replicated.jobs import Frozen, Jobs
 from replicated.journal import Journal
@@ -76,6 +77,7 @@ def serve(home: Home, *, on_demand: bool, idle_exit_s: float = IDLE_EXIT_S, uplo
 
     Raises `DaemonUnavailable` when another daemon owns the home or its state cannot be used.
     """
+    keep_memory()
     if len(os.fsencode(home.journal)) > MAX_DATABASE_PATH:
         raise DaemonUnavailable(
             f"the path of the state directory is too long for SQLite: {home.state}",

@@ -110,7 +110,8 @@ class ChunkReader:
     def read_many(self, chunk_ids: Sequence[bytes], *, is_once: bool = False) -> dict[bytes, bytes]:
         """Several chunks, with as few reads of the store as their places allow.
 
-        Those that are read `is_once` are not kept in memory. Raises `RepositoryDamaged` naming the chunk, `RepositoryIncompatible`, `RepositoryUnreachable`.
+        Those that are read `is_once` are not kept in memory. Raises `RepositoryDamaged` naming the chunk,
+        `RepositoryIncompatible`, `RepositoryUnreachable`.
         """
         found = self._memory.recall(self._name, chunk_ids)
         missing = [chunk_id for chunk_id in dict.fromkeys(chunk_ids) if chunk_id not in found]

@@ -19,6 +19,7 @@ from pathlib import Path
 from replicate.errors import ReplicateError
 from replicate.ids import SnapshotId, short
 from replicated.catalog import Catalog
+from replicated.heap import keep_memory
 from replicated.mount.filesystem import Filesystem, Usage
 from replicated.mount.mountinfo import find_mounted
 from replicated.mount.registry import (
@@ -45,6 +46,7 @@ _MAX_LOG_BYTES = 1 << 20
 def main(argv: Sequence[str]) -> int:
     """Serve one mount until it ends; the exit status. Reasons for a failure go to standard error."""
     options = _parse(argv)
+    keep_memory()
     _start_logging()
     try:
         _serve(options)

@@ -29,6 +29,7 @@ from typing import Any, Final, NamedTuple
 
 from replicate.ids import SnapshotId
 from replicated.format.manifest import RootNode
+from replicated.heap import keep_memory
 from replicated.repositories import OpenRepositories
 from replicated.snapshot import store_channel
 from replicated.snapshot.entries import pack_root, read_entries
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     # The daemon blocks some for its leases, and they are inherited.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.enable()
+    keep_memory()
     channel = Channel(socket.socket(fileno=options.socket))
     _start_logging(channel)
     with mmap.mmap(options.flags, 0, prot=mmap.PROT_READ) as flags, suppress(ChannelClosed):

@@ -29,13 +29,14 @@ from replicated.store.base import KeyMissing, Store
 INDEX_PREFIX: Final = "index/"
 #: "RPLX".
 APPLICATION_ID: Final = 0x52504C58
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 
 _SCHEMA = """
 CREATE TABLE packs (
     number INTEGER PRIMARY KEY,
     name BLOB NOT NULL UNIQUE,
-    -- How long its list of bases is.
+    -- As in KnownPack.
+    size INTEGER NOT NULL DEFAULT 0,
     base_count INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE bases (
@@ -126,6 +127,16 @@ class Location(NamedTuple):
     base: bytes
 
 
+class KnownPack(NamedTuple):
+    """What index objects say of a pack."""
+
+    name: bytes
+    #: Of the whole object.
+    size: int
+    #: How long its list of bases is.
+    base_count: int
+
+
 class Index:
     """The index of one repository; see the module's text. One connection behind one lock."""
 
@@ -199,10 +210,10 @@ class Index:
         with self._lock:
             return wanted.difference(self._attempt(lambda: self._known(wanted)))
 
-    def count_bases(self) -> int:
-        """How long the lists of bases of all known packs are together."""
+    def list_packs(self) -> list[KnownPack]:
+        """All packs that are known, in no order."""
         with self._lock:
-            return self._attempt(self._count_bases)
+            return self._attempt(self._list_packs)
 
     def _refresh(self) -> None:
         # The known ones first: an object that is written meanwhile must not look like a vanished one.
@@ -274,7 +285,9 @@ class Index:
         pack = _number(connection, "packs", "name", listing.name)
         bases = {record.base for record in listing.records} - {b""}
         base_numbers = {base: _number(connection, "bases", "id", base) for base in sorted(bases)}
-        connection.execute("UPDATE packs SET base_count = ? WHERE number = ?", (len(bases), pack))
+        connection.execute(
+            "UPDATE packs SET size = ?, base_count = ? WHERE number = ?", (listing.size, len(bases), pack)
+        )
         connection.executemany(
             "INSERT INTO incoming VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
@@ -311,9 +324,9 @@ class Index:
             found.extend(chunk_id for (chunk_id,) in rows)
         return found
 
-    def _count_bases(self) -> int:
-        (count,) = self._connection.execute("SELECT coalesce(sum(base_count), 0) FROM packs").fetchone()
-        return int(count)
+    def _list_packs(self) -> list[KnownPack]:
+        rows = self._connection.execute("SELECT name, size, base_count FROM packs")
+        return [KnownPack._make(row) for row in rows]
 
     def _attempt(self, action: Callable[[], T]) -> T:
         """Do `action`; when the database turns out to be damaged, again with a new one."""

@@ -69,6 +69,8 @@ class StoredChunk(NamedTuple):
     is_node: bool
     #: Id of the chunk without which it cannot be decoded, also of one in no snapshot; empty: there is none.
     base: bytes
+    #: Name of the pack that it is in.
+    pack: bytes
 
 
 class Seen(Protocol):
@@ -333,6 +335,7 @@ class Repository:
                     place.codec,
                     batch[chunk_id],
                     place.base,
+                    place.pack,
                 )
 
     def locate(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Location]:

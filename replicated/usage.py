@@ -1,18 +1,18 @@
 """`replicate du`: what experiments would take as plain copies, what they take, and what made the difference.
 
-Reads the trees of all snapshots, no contents. Every figure is defined in docs/concepts.md, and a test makes
-them again from the packs alone. Invariants: the encodings add up to the unique bytes and, with the bases, to
-the stored bytes; stored bytes, metadata and what is unreferenced add up to the repository. A snapshot that
-cannot be read is named and counted nowhere.
+Reads the trees of all snapshots, no contents: of packs it sees only whether they are there, and how large.
+Every figure is defined in docs/concepts.md, and a test makes them again from the packs alone. Invariants: the
+encodings add up to the unique bytes and, with the bases, to the stored bytes; stored bytes, metadata and what
+is unreferenced add up to the repository. A snapshot that cannot be read is named and counted nowhere.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from replicate.errors import NotStored, RepositoryDamaged, RepositoryIncompatible
 from replicate.ids import ExperimentId, SnapshotId
@@ -20,7 +20,8 @@ from replicated.chunk.codec import DELTA, HASH_BYTES, PLANES, RAW, ZSTD
 from replicated.experiments import Experiments
 from replicated.format.pack import ENTRY, FOOTER, HEADER, RECORD
 from replicated.idset import IdSet
-from replicated.packer import PACK_PREFIX
+from replicated.index import Location
+from replicated.packer import PACK_PREFIX, pack_key
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository, StoredChunk
 
@@ -30,6 +31,9 @@ ENCODINGS: Final[Mapping[int, str]] = {RAW: "raw", ZSTD: "zstd", PLANES: "planes
 #: What a pack holds for each chunk besides its stored bytes.
 _PLACE_BYTES: Final = ENTRY.size + RECORD.size
 _BASES_BATCH: Final = 500
+
+#: Where chunks lie; raises `RepositoryDamaged` when one is nowhere.
+_Locate: TypeAlias = Callable[[Sequence[bytes]], Iterable[Location]]
 
 
 class EncodedBytes(NamedTuple):
@@ -110,12 +114,14 @@ class _Survey:
         self._repository = repository
         #: Those that have not been looked at.
         self._left = dict.fromkeys(repository.list_snapshot_ids())
-        self._total = _Census()
+        # After that, because what they need was stored before them.
+        self._objects = _Objects(repository)
+        self._total = _Census(self._locate)
         self.unreadable: list[UnreadableSnapshot] = []
 
     def count(self, experiment_id: ExperimentId, *, is_wanted: bool) -> Usage | None:
         """Count an experiment for the total and, if it is wanted, on its own."""
-        own = _Census() if is_wanted else None
+        own = _Census(self._locate) if is_wanted else None
         checkpoints = self._repository.list_checkpoint_ids(experiment_id)
         for name in (experiment_id, *checkpoints):
             if (snapshot_id := SnapshotId(name)) in self._left:
@@ -127,9 +133,14 @@ class _Survey:
         for snapshot_id in list(self._left):
             # The record that names it is damaged, or is about to be written.
             self._take(snapshot_id, "", None)
-        unreferenced, others = self._weigh_objects()
         usage = self._total.usage("")
-        return replace(usage, metadata_bytes=usage.metadata_bytes + others), unreferenced
+        objects = self._objects
+        placed = self._total.placed_bytes + self._total.place_count * _PLACE_BYTES
+        # Never below 0, also if a chunk was stored anew, elsewhere, while they were counted.
+        unreferenced = max(0, objects.packed_bytes - objects.frame_bytes - placed)
+        # The rest, so that it all adds up.
+        metadata = objects.packed_bytes + objects.other_bytes - usage.stored_bytes - unreferenced
+        return replace(usage, metadata_bytes=metadata), unreferenced
 
     def _take(self, snapshot_id: SnapshotId, experiment_id: str, own: _Census | None) -> None:
         del self._left[snapshot_id]
@@ -139,12 +150,13 @@ class _Survey:
             # In the order of their seeing: what is not new to an experiment is not new in total.
             first, *rest = censuses
             for chunk in self._repository.iter_chunks(snapshot, first.seen):
-                first.add(chunk, self._repository)
+                self._objects.check_pack(chunk.pack)
+                first.add(chunk)
                 for census in rest:
                     if census.seen.add(chunk.id):
-                        census.add(chunk, self._repository)
+                        census.add(chunk)
             for census in censuses:
-                census.settle(self._repository)
+                census.settle()
         except NotStored:
             pass  # removed since it was listed
         except (RepositoryDamaged, RepositoryIncompatible) as error:
@@ -155,22 +167,50 @@ class _Survey:
             for census in censuses:
                 census.keep(snapshot.root.size_bytes)
 
-    def _weigh_objects(self) -> tuple[int, int]:
-        """Bytes of packs that no snapshot needs, and all other bytes that are not stored bytes of chunks."""
-        index = self._repository.index
-        index.refresh()
-        packed = others = 0
-        frames = index.count_bases() * HASH_BYTES
-        for info in self._repository.store.list(""):
-            if info.key.startswith(PACK_PREFIX):
-                packed += info.size
-                frames += HEADER.size + FOOTER.size
-            else:
-                others += info.size
-        places = self._total.place_count * _PLACE_BYTES
-        # Packs that are lost cannot hold what should be in them.
-        unreferenced = max(0, packed - frames - places - self._total.placed_bytes)
-        return unreferenced, others + frames + places
+    def _locate(self, chunk_ids: Sequence[bytes]) -> Iterable[Location]:
+        places = self._repository.locate(chunk_ids).values()
+        for place in places:
+            self._objects.check_pack(place.pack)
+        return places
+
+
+class _Objects:
+    """What lies in the store, as it was when this was made, and whether it is what the index says."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._url = repository.url
+        #: All packs together.
+        self.packed_bytes = 0
+        #: What packs hold besides places of chunks.
+        self.frame_bytes = 0
+        #: All objects that are no packs.
+        self.other_bytes = 0
+        #: By their keys, what is wrong with packs.
+        self._damage: dict[str, str] = {}
+        # Before the store is listed, which then shows all packs that the index knows.
+        repository.index.refresh()
+        known = {pack_key(pack.name): pack for pack in repository.index.list_packs()}
+        for info in repository.store.list(""):
+            if not info.key.startswith(PACK_PREFIX):
+                self.other_bytes += info.size
+                continue
+            self.packed_bytes += info.size
+            self.frame_bytes += min(info.size, HEADER.size + FOOTER.size)
+            pack = known.pop(info.key, None)
+            if pack is not None and pack.size == info.size:
+                self.frame_bytes += pack.base_count * HASH_BYTES
+            elif pack is not None:
+                self._damage[info.key] = f"has {info.size} bytes, not {pack.size}"
+        self._damage.update(dict.fromkeys(known, "is missing"))
+
+    def check_pack(self, name: bytes) -> None:
+        """Raise `RepositoryDamaged` unless the pack is there, as large as it should be."""
+        if self._damage and (damage := self._damage.get(key := pack_key(name))):
+            raise RepositoryDamaged(
+                f"pack {key} of {self._url} {damage}",
+                hint="the rest of the repository can still be read",
+                fields={"key": key},
+            )
 
 
 @dataclass(slots=True)
@@ -191,7 +231,8 @@ class _Sums:
 class _Census:
     """Adds up the chunks of snapshots, each chunk once, and can take the last snapshot back."""
 
-    def __init__(self) -> None:
+    def __init__(self, locate: _Locate) -> None:
+        self._locate = locate
         #: Of chunks and nodes that were added; for `Repository.iter_chunks`.
         self.seen = IdSet()
         #: Ids that were met as bases; they may be in `seen` as well, then they count as what they are there.
@@ -212,8 +253,8 @@ class _Census:
         sums = self._sums
         return sums.stored_bytes.total() + sums.base_bytes + sums.node_bytes
 
-    def add(self, chunk: StoredChunk, repository: Repository) -> None:
-        """Count a chunk or node that was not in `seen` before."""
+    def add(self, chunk: StoredChunk) -> None:
+        """Count a chunk or node that was not in `seen` before; raises as `settle`."""
         sums = self._sums
         sums.place_count += 1
         if chunk.is_node:
@@ -226,11 +267,11 @@ class _Census:
         if chunk.base and chunk.base not in self.seen and self._bases.add(chunk.base):
             self._new_bases.append(chunk.base)
             if len(self._new_bases) >= _BASES_BATCH:
-                self.settle(repository)
+                self.settle()
 
-    def settle(self, repository: Repository) -> None:
-        """Count what was met as a base; raises `RepositoryDamaged` when one is nowhere."""
-        for location in repository.locate(self._new_bases).values():
+    def settle(self) -> None:
+        """Count what was met as a base; raises `RepositoryDamaged` when one cannot be read."""
+        for location in self._locate(self._new_bases):
             self._count_base(location.stored_length, 1)
         self._new_bases.clear()
 

@@ -20,6 +20,7 @@ from replicated.chunk.codec import RAW
 from replicated.format.listing import INDEX_HEADER, build_index
 from replicated.format.metadata import Snapshot
 from replicated.format.pack import DATA_PACK, PackListing, Record
+from replicated.packer import pack_key
 from replicated.repository import Repository
 from replicated.store.memory import MemoryStore
 
@@ -66,6 +67,17 @@ def test_what_another_has_stored_is_not_stored_again(
     before = {info.key for info in repository.store.list("packs/")}
     save(other, files)
     assert {info.key for info in repository.store.list("packs/")} == before
+
+
+def test_the_packs_are_known_with_their_sizes_wherever_they_were_written(
+    repository: Repository, open_again: Open, save: Save
+) -> None:
+    save(repository, {"a": random.Random(1).randbytes(300_000)})
+    other = open_again("elsewhere")
+    other.index.refresh()
+    sizes = {info.key: info.size for info in repository.store.list("packs/")}
+    for opened in (repository, other):
+        assert {pack_key(pack.name): pack.size for pack in opened.index.list_packs()} == sizes
 
 
 def test_index_objects_are_read_once(tmp_path: Path, save: Save) -> None:
@@ -279,6 +291,7 @@ def test_processes_share_one_cache(repository: Repository, save: Save, load: Loa
     script = """
 import sys
 from pathlib import Path
+from replicated.packer import pack_key
 from replicated.repository import Repository
 repository = Repository.open(sys.argv[1], cache=Path(sys.argv[2]), create=False)
 for step in range(30):

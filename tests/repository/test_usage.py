@@ -226,7 +226,7 @@ class Chunk:
         self.data = data or bytes(stored)
 
 
-def put_pack(repository: Repository, chunks: Iterable[Chunk], *, is_listed: bool = True) -> None:
+def put_pack(repository: Repository, chunks: Iterable[Chunk], *, is_listed: bool = True) -> str:
     builder = PackBuilder(DATA_PACK)
     for chunk in chunks:
         builder.add(chunk.id, chunk.codec, chunk.data, chunk.plain, chunk.base)
@@ -236,6 +236,7 @@ def put_pack(repository: Repository, chunks: Iterable[Chunk], *, is_listed: bool
     if is_listed:
         repository.store.put(INDEX_PREFIX + new_id(), [build_index([parse_pack(name, data)])])
         repository.index.refresh()
+    return pack_key(name)
 
 
 def describe_file(chunks: list[Chunk], layout: bytes = b"", node: bytes = b"") -> FileContent:
@@ -401,6 +402,71 @@ def test_a_base_of_a_removed_snapshot_is_needed_as_long_as_its_deltas_are(reposi
     report = check(repository, {experiment: []})
     assert report.total.stored_bytes == 0
     assert report.unreferenced_bytes > unreferenced + 800
+
+
+@pytest.mark.parametrize(
+    ("lost", "needing"),
+    [("whole", {0, 2}), ("base", {1}), ("delta", {1}), ("spare", set()), ("tree", {2})],
+)
+def test_a_lost_pack_leaves_out_the_snapshots_that_need_it(
+    repository: Repository, lost: str, needing: set[int]
+) -> None:
+    chunks = {"whole": Chunk(RAW, 900, 900), "base": Chunk(PLANES, 1000, 700), "spare": Chunk(RAW, 50, 50)}
+    chunks["delta"] = Chunk(DELTA, 1000, 100, chunks["base"].id)
+    other = Chunk(RAW, 300, 300)
+    packs = {name: put_pack(repository, [chunk]) for name, chunk in chunks.items()}
+    put_pack(repository, [other])
+    experiments = [put_experiment(repository) for _ in range(4)]
+    files = [[chunks["whole"]], [chunks["delta"], other], [other, chunks["whole"]], [other]]
+    ids = []
+    for experiment, contents in zip(experiments, files, strict=True):
+        before = {info.key for info in repository.store.list("packs/")}
+        (tree,) = put_trees(repository, {"f": describe_file(contents)})
+        ids.append(put_checkpoint(repository, experiment, tree))
+        if len(ids) == 3:
+            (packs["tree"],) = {info.key for info in repository.store.list("packs/")} - before
+    owners = dict(zip(experiments, ([one] for one in ids), strict=True))
+    check(repository, owners)  # which leaves the trees in memory
+    repository.store.delete(packs[lost])
+    left = {experiment: owners[experiment] for experiment in experiments}
+    for number in needing:
+        left[experiments[number]] = []
+    report = check(repository, left)
+    assert {snapshot.id for snapshot in report.unreadable} == {ids[number] for number in needing}
+    for snapshot in report.unreadable:
+        assert snapshot.error == f"pack {packs[lost]} of {repository.url} is missing"
+
+
+@pytest.mark.parametrize("change", [-60, -1, 1])
+def test_a_pack_of_another_size_is_damaged_as_well(repository: Repository, change: int) -> None:
+    experiment = put_experiment(repository)
+    base = Chunk(PLANES, 100, 70)
+    chunks = [[Chunk(RAW, 10, 10), Chunk(DELTA, 100, 40, base.id), base], [Chunk(RAW, 20, 20)]]
+    keys = [put_pack(repository, pack) for pack in chunks]
+    trees = put_trees(repository, *({"f": describe_file(pack)} for pack in chunks))
+    damaged, _ = (put_checkpoint(repository, experiment, tree) for tree in trees)
+    data = repository.store.get(keys[0])
+    repository.store.replace(keys[0], (data + b"?")[: len(data) + change])
+    report = measure_repository(repository, [experiment], [experiment])
+    (unreadable,) = report.unreadable
+    assert unreadable.id == damaged
+    sizes = f"{len(data) + change} bytes, not {len(data)}"
+    assert unreadable.error == f"pack {keys[0]} of {repository.url} has {sizes}"
+    assert (report.total.snapshots, report.total.logical_bytes, report.total.stored_bytes) == (1, 20, 20)
+    size = sum(path.stat().st_size for path in root_of(repository).rglob("*") if path.is_file())
+    assert report.total.stored_bytes + report.total.metadata_bytes + report.unreferenced_bytes == size
+    assert report.unreferenced_bytes > 10 + 40 + 70
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_packs_cut_to_nothing_do_not_count_for_more_than_they_take(repository: Repository, size: int) -> None:
+    for number in range(3):
+        key = put_pack(repository, [Chunk(RAW, 10, 10)], is_listed=number > 0)
+        repository.store.replace(key, bytes(size))
+    report = measure_repository(repository, [], [])
+    whole = sum(path.stat().st_size for path in root_of(repository).rglob("*") if path.is_file())
+    assert report.unreferenced_bytes == 0
+    assert report.total.metadata_bytes == whole
 
 
 def test_only_the_wanted_experiments_have_rows_in_the_order_of_wanting(repository: Repository) -> None:

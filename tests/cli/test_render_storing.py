@@ -190,6 +190,19 @@ def test_the_last_row_is_the_repository_when_only_some_experiments_are_shown(vie
     assert "\nrepository      1,234" in render_disk_usage(REPORT, view, chosen=True)
 
 
+def test_disk_usage_without_experiments_says_what_nothing_refers_to(view):
+    empty = DiskUsageReport(total=DiskUsage(metadata_bytes=100), unreferenced_bytes=2048)
+    assert render_disk_usage(empty, view) == (
+        "The repository takes 2.1 KiB: 0 B of contents, 100 B of metadata, 2.0 KiB that nothing refers to\n"
+    )
+    assert render_disk_usage(DiskUsageReport(), view) == ""
+
+
+def test_disk_usage_of_files_whose_experiment_is_lost_has_a_row(view):
+    usage = DiskUsage(snapshots=1, logical_bytes=10, unique_bytes=10, stored_bytes=10)
+    assert "\ntotal               1     10 B" in render_disk_usage(DiskUsageReport(total=usage), view)
+
+
 def test_disk_usage_json_has_the_total_at_the_top():
     data = disk_usage_json(REPORT)
     assert (data["logical_bytes"], data["unique_bytes"], data["stored_bytes"]) == (4096, 2048, 1536)

@@ -321,7 +321,10 @@ def test_du_after_everything_was_removed(own_project):
     usage = json.loads(result.stdout)
     assert (usage["stored_bytes"], usage["experiments"]) == (0, [])
     assert usage["unreferenced_bytes"] > 0
-    assert "There are no experiments in " in own_project.run("du").stderr
+    result = own_project.run("du")
+    assert "There are no experiments in " in result.stderr
+    assert result.stdout.startswith("The repository takes ")
+    assert result.stdout.endswith(" that nothing refers to\n")
 
 
 def test_doctor_finds_everything_in_order_here(project):

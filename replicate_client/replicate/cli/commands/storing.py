@@ -19,7 +19,7 @@ from replicate.cli.render.storing import (
 from replicate.cli.session import Session
 from replicate.errors import ReplicateError, RepositoryMissing
 from replicate.ids import parse_reference
-from replicate.phrases import escape, format_size, plural
+from replicate.phrases import escape, plural
 
 #: Of the snapshots that `du` leaves out.
 _MAX_NAMED = 5
@@ -141,11 +141,10 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
         report = query.DiskUsageReport()
     if as_json:
         console.write_json(disk_usage_json(report))
-    elif report.experiments:
-        console.write(render_disk_usage(report, console.view, chosen=bool(references)))
     else:
-        size = format_size(report.repository_bytes)
-        console.note(f"There are no experiments in {escape(project.repository)} ({size})")
+        if not report.experiments:
+            console.note(f"There are no experiments in {escape(project.repository)}")
+        console.write(render_disk_usage(report, console.view, chosen=bool(references)))
     for snapshot in report.unreadable[:_MAX_NAMED]:
         console.fail(f"{describe_unreadable(snapshot)} is left out: {snapshot.error}")
     if more := len(report.unreadable[_MAX_NAMED:]):

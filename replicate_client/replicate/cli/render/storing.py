@@ -101,8 +101,11 @@ def status_json(status: DaemonStatus) -> dict[str, Json]:
 def render_disk_usage(report: DiskUsageReport, view: View, *, chosen: bool = False) -> str:
     """A row an experiment, the whole repository, how that is stored, and what saved the difference.
 
-    `chosen`: the rows are not all experiments, so that they do not add up to the last.
+    Without snapshots only what the repository takes, if it takes anything. `chosen`: the rows are not all
+    experiments, so that they do not add up to the last.
     """
+    if not report.experiments and not report.total.snapshots:
+        return f"{_describe_repository(report)}\n" if report.repository_bytes else ""
     headings = ("SNAPSHOTS", "LOGICAL", "UNIQUE", "STORED", "DEDUP", "COMPRESSION")
     columns = [Column("EXPERIMENT"), *(Column(heading, right=True) for heading in headings)]
     rows = [_usage_row(Cell(short(usage.id), "cyan"), usage) for usage in report.experiments]

@@ -114,13 +114,14 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
     """Show how much space experiments take, and what saved it.
 
     LOGICAL is what was saved, UNIQUE what is left when equal pieces are counted once, STORED what these
-    take in the repository. DEDUP is how much of LOGICAL was saved by counting once, COMPRESSION how much of
-    UNIQUE by how it is stored. What experiments share is counted for each, but once in the last row, which
-    is the whole repository.
+    take in the repository, with what is needed to read them. DEDUP is how much of LOGICAL was saved by
+    counting once, COMPRESSION how much of UNIQUE by how it is stored. What experiments share is counted for
+    each, but once in the last row, which is the whole repository.
 
     The second table says how the pieces are stored: as they are (raw), compressed (zstd), as planes of
     bytes of numbers (planes), or as the difference from an earlier checkpoint (delta). "Bases only" are
-    pieces of snapshots that were removed, which deltas still need.
+    pieces that deltas need and no snapshot has any more. (An experiment's STORED counts those that it needs
+    also when another experiment has them.)
 
     Exits with 1 if a snapshot is damaged, which is then left out. docs/concepts.md defines every figure.
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 import sqlite3
 import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from operator import ne
+from itertools import chain
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -57,10 +58,21 @@ CREATE TABLE series (
 CREATE INDEX series_by_family ON series (family, id, generation, signature, numbers, lineage);
 """
 
+_SELECT: Final = "SELECT family, signature, numbers, lineage, checksum, state FROM series"
+
+#: Of files shorter than this only the first of each ingest have a series. A model so small is a few files,
+#: and its differences save 30 % of them as of any other; but a data set has 100,000 samples that resemble
+#: nothing, and looking for that costs half as much again as storing one of 256 KiB.
+_SMALL_BYTES: Final = 1 << 20
+_MAX_SMALL: Final = 256
 #: One that is saved later may still be found; so an ingest need not wait long.
 _BUSY_TIMEOUT_S = 1.0
 #: So many of a family are looked at, the ones saved last: more than there are files in a checkpoint.
 _MAX_CANDIDATES = 512
+#: So many are remembered during one ingest, some 700 bytes each. When there are more families than that
+#: holds, only a few of each of the others are looked at.
+_MAX_REMEMBERED = 1 << 15
+_FEW_CANDIDATES = 8
 #: What a row takes beside its state, and a key that waits for being saved.
 _ROW_BYTES = 256
 #: After so much was saved it is pruned without being asked.
@@ -78,6 +90,12 @@ class _Key(NamedTuple):
 class _Found(NamedTuple):
     lineage: bytes
     state: State
+
+
+class _File(NamedTuple):
+    id: int
+    numbers: bytes
+    lineage: bytes
 
 
 class _Row(NamedTuple):
@@ -118,21 +136,29 @@ class Keyframes:
         self._cache = Cache(files, "cache of keyframes")
         self._learned = _Learned()
         self._saved_bytes = 0
-        #: Of the file before, for what they are for: samples of a data set come by the thousand.
-        self._candidates: tuple[tuple[bytes, bytes, int], _Candidates] | None = None
+        # Of this ingest. Families by generation too: what they hold is asked for thousands of times.
+        self._families: dict[tuple[bytes, int], _Family] = {}
+        self._remembered = 0
+        self._small = 0
 
-    def series(self, experiment: str, path: bytes, layout: Layout, generation: int) -> Series:
-        """What was learned from the checkpoints before the file at `path`; nothing if there are none.
+    def series(self, experiment: str, path: bytes, layout: Layout, generation: int) -> Series | None:
+        """What was learned from the checkpoints before the file at `path`; None: it is not worth it.
 
         `generation` is that of the index: what was saved under another one does not count. What this file
         teaches is kept, once all its pieces were noted, until the next `save` or `forget`.
         """
+        if layout.size < _SMALL_BYTES:
+            self._small += 1
+            if self._small > _MAX_SMALL:
+                return None
         pattern = _NUMBER.sub(b"#", path)
         numbers = b" ".join(_NUMBER.findall(path))
         name = experiment.encode()
         family = blake3(b"%d:%b%b" % (len(name), name, pattern)).digest()
         key = _Key(family, layout.signature, numbers)
-        found = self._cache.read(lambda connection: self._find(connection, key, generation))
+        found = self._cache.read(
+            lambda connection: self._find(connection, key, generation), is_next=bool(self._families)
+        )
         learned = self._learned
 
         def keep(state: bytes, is_alike: bool) -> None:
@@ -155,7 +181,9 @@ class Keyframes:
     def forget(self) -> None:
         """Drop it: the files may not be in the repository."""
         self._learned = _Learned()
-        self._candidates = None
+        self._families = {}
+        self._remembered = 0
+        self._small = 0
 
     def prune(self) -> None:
         """Forget all but the `KEPT_BYTES` that were saved last."""
@@ -168,21 +196,21 @@ class Keyframes:
 
     def _find(self, connection: sqlite3.Connection, key: _Key, generation: int) -> _Found | None:
         """The file that is most likely the one before."""
-        found = connection.execute(
-            "SELECT id FROM series WHERE (family, signature, numbers) = (?, ?, ?) AND generation = ?",
-            (*key, generation),
-        ).fetchone()
-        if found is None:
-            purpose = (key.family, key.signature, generation)
-            if self._candidates is None or self._candidates[0] != purpose:
-                self._candidates = purpose, _read_candidates(connection, *purpose)
-            found = (self._candidates[1].choose(key.numbers),)
-        # They may have been read from a file that was replaced since.
-        row = connection.execute(
-            "SELECT family, signature, numbers, lineage, checksum, state FROM series"
-            " WHERE id = ? AND family = ? AND generation = ?",
-            (*found, key.family, generation),
-        ).fetchone()
+        family = self._family(connection, key.family, generation)
+        known = family.find(key)
+        row = None
+        if known is None and not family.is_whole:
+            row = connection.execute(
+                f"{_SELECT} WHERE (family, signature, numbers) = (?, ?, ?) AND generation = ?",
+                (*key, generation),
+            ).fetchone()
+        if known is None and row is None:
+            known = family.choose(key)
+        if known is not None:
+            # It may have been read from a file that was replaced since.
+            row = connection.execute(
+                f"{_SELECT} WHERE id = ? AND family = ? AND generation = ?", (known, key.family, generation)
+            ).fetchone()
         if row is None:
             return None  # there was none, or another process has removed it
         *fields, lineage, checksum, state = row
@@ -193,57 +221,105 @@ class Keyframes:
         except ValueError as error:
             raise sqlite3.DatabaseError(f"a series is damaged: {error}") from error
 
+    def _family(self, connection: sqlite3.Connection, family: bytes, generation: int) -> _Family:
+        """The files of a family; reading and remembering them is bounded for all families together."""
+        known = self._families.get((family, generation))
+        if known is not None:
+            return known
+        is_room = self._remembered < _MAX_REMEMBERED
+        limit = _MAX_CANDIDATES if is_room else _FEW_CANDIDATES
+        files = connection.execute(
+            "SELECT signature, id, numbers, lineage FROM series WHERE family = ? AND generation = ?"
+            " ORDER BY id DESC LIMIT ?",
+            (family, generation, limit),
+        ).fetchall()
+        found = _Family(files, is_whole=len(files) < limit)
+        if is_room:
+            self._families[family, generation] = found
+            self._remembered += 1 + len(files)
+        return found
+
+
+class _Family:
+    """The files of one family that were saved last."""
+
+    def __init__(self, files: Sequence[tuple[bytes, int, bytes, bytes]], *, is_whole: bool) -> None:
+        """Signature, id, numbers and lineage of each, the one saved last first."""
+        #: There are no others.
+        self.is_whole = is_whole
+        self._ids = {(signature, numbers): row for signature, row, numbers, _ in files}
+        self._all: list[_File] = []
+        self._alike: defaultdict[bytes, list[_File]] = defaultdict(list)
+        for signature, row, numbers, lineage in files:
+            file = _File(row, numbers, lineage)
+            self._all.append(file)
+            self._alike[signature].append(file)
+        #: By signature; b"" for all of them.
+        self._candidates: dict[bytes, _Candidates] = {}
+
+    def find(self, key: _Key) -> int | None:
+        """The id of the one at the same path."""
+        return self._ids.get((key.signature, key.numbers))
+
+    def choose(self, key: _Key) -> int | None:
+        """The id of the one most likely before a file at a new path; None if there are none.
+
+        It has the same tensors if any has.
+        """
+        files = self._alike.get(key.signature)
+        # Samples of a data set are of thousands of sizes: those that nothing has share what is made once.
+        signature = b"" if files is None else key.signature
+        candidates = self._candidates.get(signature)
+        if candidates is None:
+            candidates = self._candidates[signature] = _Candidates(files or self._all)
+        return candidates.choose(key.numbers)
+
 
 class _Candidates:
     """Files of a family, one of which was most likely the checkpoint before.
 
-    That is one with the same tensors, if there is any. Of those, one with the same numbers: the shard, or
-    the fold. Numbers in which files differ that resemble each other do not matter: the step, or the loss.
-    Of several the last one.
+    That is one with the same numbers: the shard, or the fold. Numbers in which files differ that resemble
+    each other do not matter: the step, or the loss. Of several the last one.
     """
 
-    def __init__(self, files: Sequence[tuple[int, bytes, bytes]]) -> None:
-        """Id, numbers and lineage of each, the one saved last first."""
+    def __init__(self, files: Sequence[_File]) -> None:
+        """The one saved last comes first."""
         changing: set[int] = set()
         last: dict[bytes, list[bytes]] = {}
-        for _, numbers, lineage in files:
-            mine = numbers.split()
-            others = last.setdefault(lineage, mine)
+        for file in files:
+            mine = file.numbers.split()
+            others = last.setdefault(file.lineage, mine)
             changing |= {place for place, number in enumerate(mine) if others[place : place + 1] != [number]}
         self._changing = changing
         #: The last ones, by the numbers that matter.
         self._last: dict[tuple[bytes, ...], int] = {}
-        for row, numbers, _ in files:
-            self._last.setdefault(self._what_matters(numbers), row)
+        for file in files:
+            self._last.setdefault(self._what_matters(file.numbers), file.id)
+        #: Positions in `_last` of those that have a number at a place, unless all have it.
+        self._having: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
+        for position, kept in enumerate(self._last):
+            for item in enumerate(kept):
+                self._having[item].append(position)
+        for item in [item for item, having in self._having.items() if len(having) == len(self._last)]:
+            del self._having[item]
+        self._ids = list(self._last.values())
 
     def choose(self, numbers: bytes) -> int | None:
         """The id of the one before a file with these numbers in its path; None if there are none."""
         wanted = self._what_matters(numbers)
-        best, fewest = self._last.get(wanted), 0
-        if best is not None:
-            return best
-        for kept, row in self._last.items():
-            different = sum(map(ne, wanted, kept))
-            if best is None or different < fewest:
-                best, fewest = row, different
-            if fewest <= 1:
-                break  # the last of the best that can be
-        return best
+        known = self._last.get(wanted)
+        if known is not None or not self._ids:
+            return known
+        # The one that has the most of these numbers, which is nearly always one number.
+        having = [self._having[item] for item in enumerate(wanted) if item in self._having]
+        if len(having) < 2:
+            return self._ids[having[0][0] if having else 0]
+        counts = Counter(chain.from_iterable(having))
+        most = max(counts.values())
+        return self._ids[min(position for position, count in counts.items() if count == most)]
 
     def _what_matters(self, numbers: bytes) -> tuple[bytes, ...]:
         return tuple(number for place, number in enumerate(numbers.split()) if place not in self._changing)
-
-
-def _read_candidates(
-    connection: sqlite3.Connection, family: bytes, signature: bytes, generation: int
-) -> _Candidates:
-    rows = connection.execute(
-        "SELECT signature, id, numbers, lineage FROM series WHERE family = ? AND generation = ?"
-        " ORDER BY id DESC LIMIT ?",
-        (family, generation, _MAX_CANDIDATES),
-    ).fetchall()
-    same = [file for kept, *file in rows if kept == signature]
-    return _Candidates(same or [file for _, *file in rows])
 
 
 def _insert(connection: sqlite3.Connection, rows: Iterable[_Row]) -> None:

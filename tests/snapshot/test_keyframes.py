@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from operator import ne
 from pathlib import Path
 
 import hypothesis
@@ -18,7 +19,8 @@ from replicated.chunk.codec import DELTA, PLANES
 from replicated.chunk.tensor import PIECE_BYTES, Layout, Region
 from replicated.packer import Stored
 from replicated.snapshot import keyframes as keyframes_module
-from replicated.snapshot.keyframes import Keyframes
+from replicated.snapshot.keyframes import Keyframes, _Candidates, _File
+from replicated.snapshot.series import Series
 
 ID = "0123456789abcdef" * 2
 GENERATION = -7
@@ -42,6 +44,18 @@ def chunk(file: str, piece: int = 0) -> bytes:
     return random.Random(f"{file} {piece}").randbytes(32)
 
 
+def begin(
+    keyframes: Keyframes,
+    path: str,
+    experiment: str = "e1",
+    layout: Layout = MODEL,
+    generation: int = GENERATION,
+) -> Series:
+    series = keyframes.series(experiment, path.encode(), layout, generation)
+    assert series is not None
+    return series
+
+
 def store(
     keyframes: Keyframes,
     *paths: str,
@@ -53,7 +67,7 @@ def store(
     """The bases of the first pieces of files that are stored with one snapshot."""
     bases = []
     for path in paths:
-        series = keyframes.series(experiment, path.encode(), layout, generation)
+        series = begin(keyframes, path, experiment, layout, generation)
         bases.append(series.base_of(0))
         for number, piece in enumerate(layout.pieces):
             codec = DELTA if series.base_of(number) else PLANES
@@ -64,7 +78,7 @@ def store(
 
 
 def find(keyframes: Keyframes, path: str, experiment: str = "e1", generation: int = GENERATION) -> bytes:
-    return keyframes.series(experiment, path.encode(), MODEL, generation).base_of(0)
+    return begin(keyframes, path, experiment, generation=generation).base_of(0)
 
 
 @pytest.fixture
@@ -95,7 +109,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_file_that_is_overwritten_is_found(open_cache: Open) -> None:
     keyframes = open_cache()
     assert store(keyframes, "last.pt") == [b""]
-    series = keyframes.series("e1", b"last.pt", MODEL, GENERATION)
+    series = begin(keyframes, "last.pt")
     assert [series.base_of(piece) for piece in range(3)] == [chunk("last.pt", piece) for piece in range(3)]
     assert find(open_cache(), "last.pt") == chunk("last.pt")
 
@@ -154,7 +168,7 @@ class Training:
         bases = []
         for kind in kinds:
             path = self.name.format(step=step, kind=kind, loss=random.Random(step).randrange(10))
-            series = self.keyframes.series("e1", path.encode(), layout(5000), GENERATION)
+            series = begin(self.keyframes, path, layout=layout(5000))
             bases.append(self.kinds[series.base_of(0)])
             codec, taken = (DELTA, 2000) if bases[-1] == kind else (PLANES, 4000)
             self.kinds[chunk(path)] = kind
@@ -213,7 +227,7 @@ def test_a_file_of_the_same_tensors_comes_first(open_cache: Open) -> None:
     store(keyframes, "a_2/b_2.pt", layout=layout(70_000))
     assert find(keyframes, "a_3/b_2.pt") == chunk("a_1/b_1.pt")
     # With none such, one of other tensors may be alike in some of them.
-    series = keyframes.series("e1", b"a_3/b_2.pt", layout(60_000, 70_000), GENERATION)
+    series = begin(keyframes, "a_3/b_2.pt", layout=layout(60_000, 70_000))
     assert [series.base_of(0), series.base_of(1)] == [b"", chunk("a_2/b_2.pt")]
 
 
@@ -239,9 +253,78 @@ names = st.binary(min_size=1, max_size=30).filter(lambda name: b"\0" not in name
 def test_any_path_is_found_again(open_cache: Open, experiment: str, path: bytes, generation: int) -> None:
     keyframes = open_cache()
     series = keyframes.series(experiment, path, layout(5000), generation)
+    assert series is not None
     series.note(0, b"c" * 32, Stored(PLANES, 5000, 4000))
     keyframes.save()
-    assert keyframes.series(experiment, path, layout(5000), generation).base_of(0) == b"c" * 32
+    series = keyframes.series(experiment, path, layout(5000), generation)
+    assert series is not None
+    assert series.base_of(0) == b"c" * 32
+
+
+rows_of_numbers = st.lists(st.lists(st.sampled_from("12345"), min_size=4, max_size=4), max_size=12)
+
+
+@hypothesis.given(rows_of_numbers, st.lists(st.sampled_from("12345"), min_size=4, max_size=4))
+def test_with_none_of_the_same_numbers_the_one_with_the_most_of_them_is_chosen(
+    files: list[list[str]], wanted: list[str]
+) -> None:
+    packed = [" ".join(numbers).encode() for numbers in files]
+    candidates = _Candidates([_File(100 - n, numbers, numbers) for n, numbers in enumerate(packed)])
+    differences = [sum(map(ne, numbers, wanted)) for numbers in files]
+    expected = 100 - differences.index(min(differences)) if files else None
+    assert candidates.choose(" ".join(wanted).encode()) == expected
+
+
+# Data sets
+
+
+def count_steps(keyframes: Keyframes) -> list[None]:
+    """Grows by one for every 100 instructions that the database executes."""
+    connection = keyframes._cache._connection
+    assert connection is not None
+    steps: list[None] = []
+    connection.set_progress_handler(lambda: steps.append(None), 100)
+    return steps
+
+
+@pytest.mark.parametrize("name", ["{}.npy", "{}_x{}.npy", "{}_{kind}.npy"])
+def test_samples_of_different_sizes_share_what_is_read_of_their_family(open_cache: Open, name: str) -> None:
+    keyframes = open_cache()
+    for snapshot in range(2):
+        steps = count_steps(keyframes) if snapshot else []
+        for number in range(600 * snapshot, 600 * (snapshot + 1)):
+            path = name.format(number, number, kind="ab"[number % 2])
+            store(keyframes, path, layout=layout(PIECE_BYTES + 4 * number), save=False)
+        if not snapshot:
+            keyframes.save()
+    assert 0 < len(steps) < 600
+
+
+def test_of_more_families_than_can_be_remembered_the_last_files_are_found(
+    open_cache: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyframes_module, "_MAX_REMEMBERED", 50)
+    monkeypatch.setattr(keyframes_module, "_FEW_CANDIDATES", 1)
+    keyframes = open_cache()
+    names = [f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst"]
+    store(keyframes, *[f"{name}_{step}.pt" for step in (1, 2) for name in names])
+    for name in names:
+        # The one at the same path is found also where it is not the last.
+        assert find(keyframes, f"{name}_1.pt") == chunk(f"{name}_1.pt")
+        assert find(keyframes, f"{name}_3.pt") == chunk(f"{name}_2.pt")
+    assert 0 < len(keyframes._families) <= 50
+
+
+def test_of_very_many_small_files_only_the_first_are_followed(
+    open_cache: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyframes_module, "_MAX_SMALL", 2)
+    keyframes = open_cache()
+    for _ in range(2):
+        store(keyframes, "a.npy", "b.npy", layout=layout(300_000), save=False)
+        assert keyframes.series("e1", b"c.npy", layout(300_000), GENERATION) is None
+        store(keyframes, "c.npy", layout=layout(PIECE_BYTES), save=False)
+        keyframes.save()
 
 
 # Saving
@@ -258,18 +341,18 @@ def test_nothing_is_found_before_it_is_saved(open_cache: Open) -> None:
 def test_what_is_forgotten_is_not_saved(open_cache: Open) -> None:
     keyframes = open_cache()
     store(keyframes, "a.pt", save=False)
-    series = keyframes.series("e1", b"b.pt", layout(5000), GENERATION)
+    series = begin(keyframes, "b.pt", layout=layout(5000))
     keyframes.forget()
     series.note(0, chunk("b.pt"), Stored(PLANES, 5000, 4000))
     keyframes.save()
     assert find(keyframes, "a.pt") == b""
-    assert keyframes.series("e1", b"b.pt", layout(5000), GENERATION).base_of(0) == b""
+    assert begin(keyframes, "b.pt", layout=layout(5000)).base_of(0) == b""
 
 
 def test_a_file_that_was_not_stored_to_its_end_teaches_nothing(open_cache: Open) -> None:
     keyframes = open_cache()
     store(keyframes, "last.pt")
-    series = keyframes.series("e1", b"last.pt", MODEL, GENERATION)
+    series = begin(keyframes, "last.pt")
     series.note(0, chunk("changed.pt"), Stored(PLANES, 100_000, 80_000))
     keyframes.save()
     assert find(keyframes, "last.pt") == chunk("last.pt")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 from replicate import connection
 from replicate.channel import DaemonInfo, decode_daemon, protocol_error
@@ -149,6 +149,14 @@ class EncodedBytes(NamedTuple):
     stored_bytes: int
 
 
+#: The names that every figure by encoding has, in the order in which they are given.
+ENCODINGS: Final = ("raw", "zstd", "planes", "delta")
+
+
+def _nothing_encoded() -> Mapping[str, EncodedBytes]:
+    return dict.fromkeys(ENCODINGS, EncodedBytes(0, 0))
+
+
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
     """What an experiment occupies: as saved, counted once, and as stored; docs/concepts.md defines it all."""
@@ -162,8 +170,8 @@ class DiskUsage:
     #: The part of `stored_bytes` for pieces that are in no snapshot here, but that others build upon.
     base_bytes: int = 0
     metadata_bytes: int = 0
-    #: By the names of the encodings.
-    encodings: Mapping[str, EncodedBytes] = field(default_factory=dict)
+    #: By the names of the encodings, all of `ENCODINGS` at least.
+    encodings: Mapping[str, EncodedBytes] = field(default_factory=_nothing_encoded)
 
     @property
     def saved_by_deduplication(self) -> int:

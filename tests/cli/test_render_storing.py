@@ -216,7 +216,9 @@ def test_disk_usage_json_has_the_total_at_the_top():
         "stored_bytes": 1024,
         "saved_by_deduplication_bytes": 2048,
         "saved_by_compression_bytes": 1024,
-        "encodings": {},
+        "encodings": {
+            name: {"plain_bytes": 0, "stored_bytes": 0} for name in ("raw", "zstd", "planes", "delta")
+        },
         "base_bytes": 0,
         "metadata_bytes": 0,
         "snapshots": 1234,

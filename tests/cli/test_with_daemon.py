@@ -55,7 +55,10 @@ def test_nothing_recorded_yet_is_an_empty_list(project, tmp_path):
     assert result.stderr.startswith("There are no experiments in file://")
     assert project.replicate("ls", "--json", cwd=tmp_path) == "[]\n"
     assert project.replicate("ps", "-q", cwd=tmp_path) == ""
-    assert json.loads(project.replicate("du", "--json", cwd=tmp_path))["stored_bytes"] == 0
+    nothing = json.loads(project.replicate("du", "--json", cwd=tmp_path))
+    assert nothing["stored_bytes"] == 0
+    assert list(nothing["encodings"]) == list(project.json("du")["encodings"])
+    assert all(sizes == {"plain_bytes": 0, "stored_bytes": 0} for sizes in nothing["encodings"].values())
 
 
 def test_a_repository_that_was_named_and_is_not_there_exits_with_3(project, tmp_path):

@@ -51,14 +51,14 @@ def decode_state(state: str) -> SnapshotState:
 
 
 def tell_reply(reply: pb.CaptureReply, kind: Literal["experiment", "checkpoint"], *, quiet: bool) -> None:
-    """Say what a person should know of a capture."""
+    """Say what a person should know of a capture; `quiet` silences what was skipped by rule, not trouble."""
     if not quiet:
         for warning in reply.warnings:
             notices.warn_once(warning)
-        if reply.HasField("unusual"):
-            # Once for each kind: a model of this size is saved again and again.
-            notices.warn_once(_describe_unusual(reply.unusual, kind), about=f"size of {kind}")
-    if reply.waiting_because:  # trouble, which is told to those who want it quiet too
+    if reply.HasField("unusual"):
+        # Once for each kind: a model of this size is saved again and again.
+        notices.warn_once(_describe_unusual(reply.unusual, kind), about=f"size of {kind}")
+    if reply.waiting_because:
         notices.warn_once(f"what is captured waits to be stored: {reply.waiting_because}")
 
 

@@ -33,11 +33,21 @@ def test_a_script_is_warned_once_of_its_experiment_and_once_of_its_checkpoints(p
     assert "model-0.pt (3.0 MiB)" in second
 
 
-def test_nobody_is_warned_of_what_is_usual_or_known_or_who_wants_it_quiet(project, run_script):
-    script = "import replicate\nfrom pathlib import Path\nPath('data').write_bytes(bytes(3 << 20))\n"
-    assert warnings_of(run_script(script + "replicate.init('data')")) == []
-    (project / "replicate.yaml").write_text("warn_above: 1MB\n")
-    quiet = script + "e = replicate.init('data', quiet=True)\ne.checkpoint('data')\n"
-    assert warnings_of(run_script(quiet)) == []
+SMALL = "import replicate\nfrom pathlib import Path\nPath('data').write_bytes(bytes(3 << 20))\n"
+
+
+def test_nobody_is_warned_of_what_is_usual_or_who_has_switched_it_off(project, run_script):
+    assert warnings_of(run_script(SMALL + "replicate.init('data')")) == []
     (project / "replicate.yaml").write_text("warn_above: off\n")
-    assert warnings_of(run_script(script + "replicate.init('data')")) == []
+    assert warnings_of(run_script(SMALL + "replicate.init('data')")) == []
+
+
+def test_what_looks_like_a_mistake_is_told_to_those_who_want_it_quiet_too(project, run_script):
+    (project / "replicate.yaml").write_text("warn_above: 1MB\n")
+    # And nothing else: what is skipped by rule is no trouble.
+    skipped = "import os\nos.mkfifo('pipe')\n"
+    done = run_script(SMALL + skipped + "replicate.init('.', quiet=True).checkpoint('.').wait()")
+    (line,) = warnings_of(done)
+    assert done.errors == line + "\n"
+    assert line.startswith("replicate: this experiment saves unusually much that is new, 3.0 MiB in ")
+    assert done.output == ""

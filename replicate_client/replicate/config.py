@@ -328,7 +328,11 @@ def _warn_above(file: Path, found: dict[str, tuple[int, object]]) -> int:
         return DEFAULT_WARN_ABOVE
     if value == "off" or (isinstance(value, _Other) and value.is_off):
         return 0
-    return _quantity(file, found, "warn_above", parse_size)
+    try:
+        return _quantity(file, found, "warn_above", parse_size)
+    except ConfigError as error:
+        hint = "with `warn_above: off` nothing is warned of"
+        raise ConfigError(error.message, hint=hint, fields=error.fields) from None
 
 
 def _quantity(file: Path, found: dict[str, tuple[int, object]], key: str, parse: Callable[[str], int]) -> int:

@@ -170,6 +170,14 @@ def test_what_is_unusual_can_be_said_and_switched_off(directory, text, size_byte
     assert find_project().warn_above == size_bytes
 
 
+@pytest.mark.parametrize("written", ["0", "-1", "never", "[off]"])
+def test_who_wants_no_warning_of_sizes_is_told_how_to_switch_it_off(directory, written):
+    write(directory, f"warn_above: {written}\n")
+    with pytest.raises(ConfigError) as caught:
+        find_project()
+    assert "`warn_above: off`" in str(caught.value)
+
+
 def test_an_upload_limit_may_be_a_rate(directory):
     write(directory, "upload_limit: 50MB/s\n")
     project = find_project()

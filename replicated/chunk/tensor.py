@@ -26,6 +26,7 @@ ReadAt: TypeAlias = Callable[[int, int], bytes]
 MIN_REGION_BYTES: Final = MIN_EXTENT_BYTES
 #: Regions are cut into pieces of this length, counted from their starts.
 PIECE_BYTES: Final = 1 << 20
+#: Of a file, also when its layout is read; the layout then takes less than 2 MiB.
 MAX_REGIONS: Final = 1 << 16
 #: All gaps of a file together; they are stored anew with nearly every checkpoint.
 MAX_GAP_BYTES: Final = 4 << 20

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from replicate.records import FileType
 from replicated.chunk.codec import HASH_BYTES, MAX_CHUNK_BYTES
+from replicated.chunk.tensor import MAX_REGIONS
 from replicated.format.canonical import Malformed, pack, unpack
 from replicated.format.segments import MAX_LEVEL
 
@@ -36,8 +37,6 @@ MAX_TARGET_BYTES: Final = 4096
 MAX_MODE: Final = 0o7777
 #: Files of at most so many chunks carry their list in the directory.
 MAX_INLINE_CHUNKS: Final = 16
-#: Regions of a gathered file; its layout then takes less than 2 MiB.
-MAX_REGIONS: Final = 1 << 16
 #: Directories within directories; a path of 4096 bytes cannot be deeper than half of that.
 MAX_DEPTH: Final = 4096
 

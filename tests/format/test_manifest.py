@@ -10,6 +10,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replicated.chunk.tensor import MAX_REGIONS
 from replicated.format.builders import ContentBuilder, DirectoryBuilder
 from replicated.format.canonical import Malformed, pack
 from replicated.format.manifest import (
@@ -21,7 +22,6 @@ from replicated.format.manifest import (
     LAYOUT_NODE,
     MAX_INLINE_CHUNKS,
     MAX_NODE_BYTES,
-    MAX_REGIONS,
     SYMLINK,
     ChunkList,
     Entry,

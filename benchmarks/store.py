@@ -27,7 +27,7 @@ def main() -> None:
     cases: dict[str, Callable[[], list[Figure]]] = {
         "tail": lambda: checkpoints.measure_tail(workspace, scale, peers),
         "tensors": lambda: checkpoints.measure_tensors(workspace, scale, peers),
-        "adam": lambda: checkpoints.measure_adam(workspace, scale, peers),
+        "adam": lambda: checkpoints.measure_adam(workspace, scale, peers, options.trained),
         "dataset": lambda: datasets.measure_dataset(workspace, scale, peers),
         "rows": lambda: datasets.measure_rows(workspace, scale, peers),
         "small": lambda: datasets.measure_small(workspace, scale, peers),
@@ -39,6 +39,12 @@ def main() -> None:
         "--scale", type=float, default=1.0, metavar="FACTOR", help="of all sizes, to try it (default: 1)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often times are measured (default: 3)")
+    parser.add_argument(
+        "--trained",
+        type=Path,
+        metavar="DIR",
+        help="what storing/train_model.py has written, for `adam` (default: the first steps of a training)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measured value to a file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the growth as SVG")
     parser.add_argument("--directory", help="where to work (default: the temporary directory)")

@@ -97,25 +97,39 @@ def measure_tensors(workspace: Workspace, scale: Scale, peers: Peers) -> list[Fi
     return figures
 
 
-def measure_adam(workspace: Workspace, scale: Scale, peers: Peers) -> list[Figure]:
-    """A transformer that is trained with Adam, so that every weight changes: fp32 with moments, and bf16."""
+def measure_adam(
+    workspace: Workspace, scale: Scale, peers: Peers, trained: Path | None = None
+) -> list[Figure]:
+    """A transformer that is trained with Adam, so that every weight changes: fp32 with moments, and bf16.
+
+    `trained` has the checkpoints of an earlier training by `train_model.py`, which are measured instead.
+    """
     directory = workspace.root / "states"
-    python = peers.find_torch()
-    if python is None:
+    if trained is not None:
+        shutil.copytree(trained, directory, ignore=shutil.ignore_patterns("[!cw]*"))
+    elif not _train(directory, scale, peers):
         print("not measured: adam: a model is trained for it, and there is no torch", flush=True)
         return []
-    width, layers = scale.model
-    progress(f"training a transformer of width {width} with {layers} layers")
-    program = Path(__file__).with_name("train_model.py")
-    options = {"checkpoints": scale.steps, "steps-between": _STEPS_BETWEEN, "width": width, "layers": layers}
-    arguments = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run([python, program, directory, *arguments, "--bf16"], check=True, stdout=sys.stderr)
     figures = [
         *_measure_training(workspace, peers, scale.rounds, "checkpoint_*", "model + Adam, fp32", 0.75),
         *_measure_training(workspace, peers, scale.rounds, "weights_*", "weights, bf16", 0.40),
     ]
     shutil.rmtree(directory)
     return figures
+
+
+def _train(directory: Path, scale: Scale, peers: Peers) -> bool:
+    """Train a model from its first step on; False when there is nothing to do it with."""
+    python = peers.find_torch()
+    if python is None:
+        return False
+    width, layers = scale.model
+    progress(f"training a transformer of width {width} with {layers} layers")
+    program = Path(__file__).with_name("train_model.py")
+    options = {"checkpoints": scale.steps, "steps-between": _STEPS_BETWEEN, "width": width, "layers": layers}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run([python, program, directory, *arguments, "--bf16"], check=True, stdout=sys.stderr)
+    return True
 
 
 def _measure_training(

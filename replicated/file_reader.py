@@ -102,15 +102,11 @@ class FileReader:
             yield from self._fetch(batch, offset, end)
 
     def _fetch(self, extents: Sequence[_Extent], offset: int, end: int) -> Iterator[Part]:
-        chunks = self._repository.read_chunks([extent.chunk_id for extent in extents])
+        chunks = self._repository.read_chunks(
+            [extent.chunk_id for extent in extents], [extent.length for extent in extents]
+        )
         for extent in extents:
             chunk = chunks[extent.chunk_id]
-            if len(chunk) != extent.length:
-                raise RepositoryDamaged(
-                    f"chunk {extent.chunk_id.hex()} in {self._repository.url} has {len(chunk)} bytes where "
-                    f"a file says {extent.length}",
-                    fields={"chunk": extent.chunk_id.hex()},
-                )
             start = max(0, offset - extent.start)
             stop = min(extent.length, end - extent.start)
             yield chunk if start == 0 and stop == extent.length else memoryview(chunk)[start:stop]

@@ -107,16 +107,23 @@ class ChunkReader:
         """The plain bytes of one chunk; raises as `read_many`."""
         return self.read_many([chunk_id])[chunk_id]
 
-    def read_many(self, chunk_ids: Sequence[bytes], *, is_once: bool = False) -> dict[bytes, bytes]:
+    def read_many(
+        self, chunk_ids: Sequence[bytes], lengths: Sequence[int] | None = None, *, is_once: bool = False
+    ) -> dict[bytes, bytes]:
         """Several chunks, with as few reads of the store as their places allow.
 
-        Those that are read `is_once` are not kept in memory. Raises `RepositoryDamaged` naming the chunk,
+        When one has not the length that `lengths` says, that is damage, and none is decoded. Those that are
+        read `is_once` are not kept in memory. Raises `RepositoryDamaged` naming the chunk,
         `RepositoryIncompatible`, `RepositoryUnreachable`.
         """
         found = self._memory.recall(self._name, chunk_ids)
+        expected = list(zip(chunk_ids, lengths, strict=True)) if lengths is not None else []
+        for chunk_id, length in expected:
+            if chunk_id in found and len(found[chunk_id]) != length:
+                raise self._other_length(chunk_id, len(found[chunk_id]), length)
         missing = [chunk_id for chunk_id in dict.fromkeys(chunk_ids) if chunk_id not in found]
         if missing:
-            fetched = self._fetch(missing)
+            fetched = self._fetch(missing, expected)
             if not is_once:
                 self._memory.remember(self._name, fetched)
             found.update(fetched)
@@ -165,19 +172,41 @@ class ChunkReader:
                 fields={"chunk": node.hex()},
             ) from error
 
-    def _fetch(self, wanted: list[bytes]) -> dict[bytes, bytes]:
+    def _fetch(self, wanted: list[bytes], expected: Sequence[tuple[bytes, int]]) -> dict[bytes, bytes]:
         """Chunks from the store; those that fail are tried again with an index that is surely right."""
-        found = self._read_places(self.locate(wanted))
+        found = self._read_places(self._locate_expected(wanted, expected))
         failed = [chunk_id for chunk_id in wanted if chunk_id not in found]
         # Making the index anew takes minutes when there are millions of chunks.
         if failed and not self._rebuilt and not self._is_index_right(failed):
             self._rebuilt = True
             self._index.rebuild()
-            found.update(self._read_places(self.locate(failed)))
+            found.update(self._read_places(self._locate_expected(failed, expected)))
             failed = [chunk_id for chunk_id in failed if chunk_id not in found]
         if failed:
             self._raise_damaged(failed[0])
         return found
+
+    def _locate_expected(
+        self, wanted: list[bytes], expected: Sequence[tuple[bytes, int]]
+    ) -> dict[bytes, Location]:
+        """Where chunks lie; raises `RepositoryDamaged` when one has not the length that is expected."""
+        places = self.locate(wanted)
+        for chunk_id, length in expected:
+            place = places.get(chunk_id)
+            if place is not None and place.plain_length != length:
+                if self._rebuilt or self._is_index_right([chunk_id]):
+                    raise self._other_length(chunk_id, place.plain_length, length)
+                self._rebuilt = True
+                self._index.rebuild()
+                return self._locate_expected(wanted, expected)
+        return places
+
+    def _other_length(self, chunk_id: bytes, found: int, expected: int) -> RepositoryDamaged:
+        return RepositoryDamaged(
+            f"chunk {chunk_id.hex()} in {self._store.url} has {found} bytes where a file says {expected}",
+            hint=_DAMAGE_HINT,
+            fields={"chunk": chunk_id.hex()},
+        )
 
     def _read_places(self, places: Mapping[bytes, Location]) -> dict[bytes, bytes]:
         """Those chunks that are what they should be."""
@@ -187,7 +216,13 @@ class ChunkReader:
             return self._read_runs(others)
         needed = {place.base for place in deltas.values()}
         bases = self._memory.recall(self._name, needed)
-        base_places = self._locate_bases(needed.difference(bases))
+        # One of another length is none, and may be far longer than what was asked for.
+        fitting = {(place.base, place.plain_length) for place in deltas.values()}
+        base_places = {
+            chunk_id: place
+            for chunk_id, place in self._locate_bases(needed.difference(bases)).items()
+            if (chunk_id, place.plain_length) in fitting
+        }
         # The hash of a delta that was made with a base vouches for the base as well.
         read = self._read_runs({**base_places, **others}, unchecked=base_places.keys() - others.keys())
         found = {chunk_id: read[chunk_id] for chunk_id in others if chunk_id in read}
@@ -271,7 +306,7 @@ class ChunkReader:
         """Say what is wrong with a chunk that could not be read."""
         place = self.locate([chunk_id])[chunk_id]
         if place.base:
-            self._check_base(chunk_id, place.base)
+            self._check_base(chunk_id, place)
         key = pack_key(place.pack)
         raise RepositoryDamaged(
             f"chunk {chunk_id.hex()} is damaged or missing in {key} of {self._store.url}",
@@ -279,11 +314,15 @@ class ChunkReader:
             fields={"chunk": chunk_id.hex(), "key": key},
         )
 
-    def _check_base(self, chunk_id: bytes, base: bytes) -> None:
+    def _check_base(self, chunk_id: bytes, place: Location) -> None:
         """Raise `RepositoryDamaged` for a chunk if it is its base that cannot be read."""
+        base = place.base
         try:
-            if self.locate([base])[base].base:
+            found = self.locate([base])[base]
+            if found.base:
                 raise RepositoryDamaged(f"chunk {base.hex()} is a difference itself", hint=_DAMAGE_HINT)
+            if found.plain_length != place.plain_length:
+                raise RepositoryDamaged(f"chunk {base.hex()} is of another length", hint=_DAMAGE_HINT)
             self.read(base)
         except RepositoryDamaged as error:
             raise RepositoryDamaged(

@@ -140,10 +140,12 @@ class Tree:
     def read_files(self, nodes: Sequence[Node]) -> list[bytes]:
         """The contents of small files, with few reads of the store; raises as `reader` and `pread`."""
         of_one_chunk = [
-            node.hash for node in nodes if isinstance(node.content, FileContent) and node.content.is_one_chunk
+            node for node in nodes if isinstance(node.content, FileContent) and node.content.is_one_chunk
         ]
-        chunks = self._repository.read_chunks(of_one_chunk)
-        # A file of several chunks takes the long way, and so does one that is not as long as it should be.
+        chunks = self._repository.read_chunks(
+            [node.hash for node in of_one_chunk], [node.size for node in of_one_chunk]
+        )
+        # A file of several chunks takes the long way, whatever it says its hash is.
         return [
             chunks[node.hash]
             if len(chunks.get(node.hash, b"")) == node.size > 0

@@ -13,7 +13,8 @@ import pytest
 import zstandard
 
 from replicate.errors import RepositoryDamaged
-from replicated.chunk.codec import DELTA, HASH_BYTES, encode, hash_chunk
+from replicated import reader as reader_module
+from replicated.chunk.codec import DELTA, HASH_BYTES, Plain, decode, encode, hash_chunk
 from replicated.format.listing import build_index
 from replicated.format.pack import DATA_PACK, PackBuilder, PackListing
 from replicated.packer import pack_key
@@ -29,7 +30,7 @@ ONE, OTHER, THIRD = (random.Random(0).randbytes(SIZE - 1) + bytes([n]) for n in 
 
 def make_delta(plain: bytes, base: bytes) -> bytes:
     """One plane of bytes, compressed."""
-    signed = ((a - b + 128) % 256 - 128 for a, b in zip(plain, base, strict=True))
+    signed = ((a - b + 128) % 256 - 128 for a, b in zip(plain, base, strict=False))
     difference = bytes(2 * d if d >= 0 else -2 * d - 1 for d in signed)
     frame = zstandard.compress(difference)
     return hash_chunk(base) + struct.pack("<BBI", 1, 1, len(frame)) + frame
@@ -74,7 +75,7 @@ def open_again(repository: Repository, tmp_path: Path) -> Iterator[Callable[[], 
 
 def read(repository: Repository, *plains: bytes) -> bool:
     ids = [hash_chunk(plain) for plain in plains]
-    return repository.read_chunks(ids) == dict(zip(ids, plains, strict=True))
+    return repository.read_chunks(ids, list(map(len, plains))) == dict(zip(ids, plains, strict=True))
 
 
 def test_delta_is_read_with_its_base(repository: Repository) -> None:
@@ -142,10 +143,27 @@ def test_delta_whose_base_is_missing_or_a_delta_is_refused(
         assert caught.value.fields["chunk"] == hash_chunk(OTHER).hex()
 
 
+def test_base_of_another_length_is_not_even_decoded(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be 16 MiB long where one byte is asked for."""
+    put(repository, [(ONE, None), (OTHER, ONE)], [(ONE * 2, None), (THIRD, ONE * 2)])
+    decoded: list[int] = []
+
+    def watch(codec: int, stored: Plain, length: int, base: Plain | None) -> bytes:
+        decoded.append(length)
+        return decode(codec, stored, length, base)
+
+    monkeypatch.setattr(reader_module, "decode", watch)
+    with pytest.raises(RepositoryDamaged, match=f"{hash_chunk(THIRD).hex()} .*is of another length"):
+        repository.read_chunks([hash_chunk(OTHER), hash_chunk(THIRD)], [len(OTHER), len(THIRD)])
+    assert set(decoded) == {len(ONE)}
+
+
 def test_refused_delta_does_not_keep_others_from_being_read(repository: Repository) -> None:
     put(repository, [(OTHER, ONE), (THIRD, None)])
     with pytest.raises(RepositoryDamaged):
-        repository.read_chunks([hash_chunk(THIRD), hash_chunk(OTHER)])
+        repository.read_chunks([hash_chunk(THIRD), hash_chunk(OTHER)], [len(THIRD), len(OTHER)])
     assert read(repository, THIRD)
 
 

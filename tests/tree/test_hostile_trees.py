@@ -8,6 +8,8 @@ from blake3 import blake3
 
 from replicate.errors import RepositoryDamaged
 from replicate.ids import SnapshotId, new_id
+from replicated import reader as reader_module
+from replicated.chunk.codec import Plain, decode
 from replicated.format.canonical import pack
 from replicated.format.manifest import (
     CHUNK_LIST_NODE,
@@ -158,6 +160,49 @@ def test_file_whose_chunks_do_not_fit_is_damage(forge: Forge, nodes: list[bytes]
     file = tree.find(b"file")
     with pytest.raises(RepositoryDamaged):
         tree.reader(file).pread(0, file.size)
+
+
+LONG = b"z" * 100_000
+LONG_ID = node_id(LONG)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node(DIRECTORY_NODE, 0, [file_entry(b"file", 1, LONG_ID)])],
+        [node(DIRECTORY_NODE, 0, [file_entry(b"file", 2, bytes(32), [LONG_ID * 2, [1, 1]])])],
+        [node(DIRECTORY_NODE, 0, [file_entry(b"file", 101, bytes(32), [CHUNK_ID + LONG_ID, [100, 1]])])],
+        listed(1, node(CHUNK_LIST_NODE, 0, LONG_ID, [1])),
+        listed(100_001, node(CHUNK_LIST_NODE, 0, LONG_ID * 2, [100_000, 1])),
+        listed(100_001, node(CHUNK_LIST_NODE, 0, LONG_ID * 2, [1, 100_000])),
+    ],
+)
+@pytest.mark.parametrize("is_known", [False, True])
+def test_chunk_that_is_longer_than_a_file_says_is_refused_before_it_is_in_memory(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch, nodes: list[bytes], is_known: bool
+) -> None:
+    """Or a list of a few bytes could ask for many chunks of 16 MiB at once."""
+    tree = forge(LONG, *nodes)
+    file = tree.find(b"file")
+    if is_known:
+        assert tree._repository.read_chunk(LONG_ID) == LONG
+    decoded: list[int] = []
+
+    def watch(codec: int, stored: Plain, length: int, base: Plain | None) -> bytes:
+        decoded.append(length)
+        return decode(codec, stored, length, base)
+
+    monkeypatch.setattr(reader_module, "decode", watch)
+    for read in (
+        lambda: tree.read_files([file, file]),
+        lambda: tree.reader(file).pread(0, file.size),
+        lambda: list(tree.reader(file).iter_parts(0, file.size)),
+    ):
+        with pytest.raises(
+            RepositoryDamaged, match=f"{LONG_ID.hex()} .*has 100000 bytes where a file says 1"
+        ):
+            read()
+    assert len(LONG) not in decoded
 
 
 def test_file_that_repeats_itself_without_end_is_read_where_asked(forge: Forge) -> None:

@@ -48,7 +48,7 @@ HEARTBEAT_PREFIX: Final = "heartbeats/"
 SNAPSHOT_PREFIX: Final = "snapshots/"
 
 #: Chunks and nodes that a reader keeps in memory.
-MEMORY_BYTES: Final = 64 << 20
+MEMORY_BYTES: Final = 48 << 20
 #: Of all repositories that this process has open together.
 _MEMORY = ChunkMemory(MEMORY_BYTES)
 

@@ -11,9 +11,9 @@ import ctypes
 from typing import Final
 
 #: Longer blocks are still taken from the system one by one.
-MAX_KEPT_BLOCK_BYTES: Final = 32 << 20
+MAX_KEPT_BLOCK_BYTES: Final = 16 << 20
 #: What may stay unused at the end of a heap.
-MAX_UNUSED_BYTES: Final = 64 << 20
+MAX_UNUSED_BYTES: Final = 16 << 20
 
 # From <malloc.h>.
 _M_TRIM_THRESHOLD = -1

@@ -36,7 +36,7 @@ MAX_THREADS: Final = 4
 _THREADS = max(2, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
 
 # Bytes that are read, cut and handed to a thread together: of one file, or of many small ones.
-_WINDOW_BYTES = 8 << 20
+_WINDOW_BYTES = 4 << 20
 # One is filled, one is with each thread, one waits between them.
 _BUFFERS = _THREADS + 2
 # Zeros are looked for in steps of so many bytes.

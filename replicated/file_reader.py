@@ -50,22 +50,26 @@ class FileReader:
 
         Raises `RepositoryDamaged` and `RepositoryUnreachable`.
         """
-        parts = list(self.iter_parts(offset, length))
+        parts = list(self._iter_parts(offset, length, is_once=False))
         return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
     def iter_parts(self, offset: int, length: int) -> Iterator[Part]:
         """The bytes that `pread` gives, in parts that are not copied; none is empty.
 
-        Few of them are in memory at once. Raises as `pread`, when the parts are asked for.
+        Few of them are in memory at once, and none is kept there for the next call. Raises as `pread`, when
+        the parts are asked for.
         """
+        return self._iter_parts(offset, length, is_once=True)
+
+    def _iter_parts(self, offset: int, length: int, *, is_once: bool) -> Iterator[Part]:
         if offset < 0 or length < 0:
             raise ValueError(f"a negative offset or length: {offset}, {length}")
         end = min(offset + length, self._size)
         if offset >= end:
             return iter(())
         if self._layout is None:
-            return self._iter_chunked(offset, end)
-        return self._iter_gathered(self._layout, offset, end)
+            return self._iter_chunked(offset, end, is_once)
+        return self._iter_gathered(self._layout, offset, end, is_once)
 
     def _load_layout(self, node_id: bytes) -> _Layout:
         lengths = self._repository.read_layout(node_id)
@@ -76,19 +80,19 @@ class FileReader:
             )
         return _Layout(lengths)
 
-    def _iter_gathered(self, layout: _Layout, offset: int, end: int) -> Iterator[Part]:
+    def _iter_gathered(self, layout: _Layout, offset: int, end: int, is_once: bool) -> Iterator[Part]:
         """What lies between two offsets of a gathered file: taken from its regions and gaps in turn."""
         regions_begin, regions_end = layout.regions_before(offset), layout.regions_before(end)
         gaps_begin, gaps_end = (
             layout.region_bytes + offset - regions_begin,
             layout.region_bytes + end - regions_end,
         )
-        regions = _Supply(self._iter_chunked(regions_begin, regions_end))
-        gaps = _Supply(self._iter_chunked(gaps_begin, gaps_end))
+        regions = _Supply(self._iter_chunked(regions_begin, regions_end, is_once))
+        gaps = _Supply(self._iter_chunked(gaps_begin, gaps_end, is_once))
         for is_region, length in layout.iter_between(offset, end):
             yield from (regions if is_region else gaps).take(length)
 
-    def _iter_chunked(self, offset: int, end: int) -> Iterator[Part]:
+    def _iter_chunked(self, offset: int, end: int, is_once: bool) -> Iterator[Part]:
         """What lies between two offsets of the bytes that the chunks make up."""
         batch: list[_Extent] = []
         batch_bytes = 0
@@ -96,14 +100,16 @@ class FileReader:
             batch.append(extent)
             batch_bytes += extent.length
             if batch_bytes >= MAX_FETCH_BYTES or len(batch) == MAX_FETCH_CHUNKS:
-                yield from self._fetch(batch, offset, end)
+                yield from self._fetch(batch, offset, end, is_once)
                 batch, batch_bytes = [], 0
         if batch:
-            yield from self._fetch(batch, offset, end)
+            yield from self._fetch(batch, offset, end, is_once)
 
-    def _fetch(self, extents: Sequence[_Extent], offset: int, end: int) -> Iterator[Part]:
+    def _fetch(self, extents: Sequence[_Extent], offset: int, end: int, is_once: bool) -> Iterator[Part]:
         chunks = self._repository.read_chunks(
-            [extent.chunk_id for extent in extents], [extent.length for extent in extents]
+            [extent.chunk_id for extent in extents],
+            [extent.length for extent in extents],
+            is_once=is_once,
         )
         for extent in extents:
             chunk = chunks[extent.chunk_id]

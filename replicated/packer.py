@@ -27,8 +27,8 @@ PACK_PREFIX: Final = "packs/"
 #: An index object is written once the packs since the last one have so many bytes or chunks.
 INDEX_AFTER_BYTES: Final = 256 << 20
 INDEX_AFTER_CHUNKS: Final = 1 << 17
-#: Packs of a kind that are in memory: one is filled, one is uploaded, one waits between them.
-MAX_PACKS: Final = {DATA_PACK: 3, TREE_PACK: 2}
+#: Packs of a kind that are in memory: one is filled, one is uploaded.
+MAX_PACKS: Final = {DATA_PACK: 2, TREE_PACK: 2}
 
 
 class Chunk(NamedTuple):

@@ -254,9 +254,14 @@ class Repository:
         """The plain bytes of a chunk, verified by hash."""
         return self._reader.read(chunk_id)
 
-    def read_chunks(self, chunk_ids: Sequence[bytes], lengths: Sequence[int]) -> dict[bytes, bytes]:
-        """Several chunks that should have these lengths, with as few reads of the store as possible."""
-        return self._reader.read_many(chunk_ids, lengths)
+    def read_chunks(
+        self, chunk_ids: Sequence[bytes], lengths: Sequence[int], *, is_once: bool = False
+    ) -> dict[bytes, bytes]:
+        """Several chunks that should have these lengths, with as few reads of the store as possible.
+
+        Those that are read `is_once` are not kept in memory.
+        """
+        return self._reader.read_many(chunk_ids, lengths, is_once=is_once)
 
     def list_snapshot_ids(self) -> list[SnapshotId]:
         """Every snapshot, in no order."""

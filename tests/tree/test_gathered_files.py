@@ -208,9 +208,12 @@ def test_reading_at_once_holds_few_chunks(repository: Repository) -> None:
     class Watched:
         url = repository.url
 
-        def read_chunks(self, chunk_ids: Sequence[bytes], lengths: Sequence[int]) -> dict[bytes, bytes]:
+        def read_chunks(
+            self, chunk_ids: Sequence[bytes], lengths: Sequence[int], *, is_once: bool
+        ) -> dict[bytes, bytes]:
             asked.append(len(chunk_ids))
-            return read_chunks(chunk_ids, lengths)
+            assert is_once
+            return read_chunks(chunk_ids, lengths, is_once=is_once)
 
     reader._repository = Watched()  # type: ignore[assignment]
     whole = blake3()

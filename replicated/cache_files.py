@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
+from blake3 import blake3
+
 from replicated.sqlite import BUSY_TIMEOUT_S, DatabaseUnusable, open_database
 
 #: So that one who asks for many things does not try to open the file for each of them.
@@ -28,12 +30,13 @@ T = TypeVar("T")
 
 
 class CacheFiles:
-    """The files `<prefix><number>.db` in a directory."""
+    """The files of one repository in a directory, which those of others share."""
 
     def __init__(
         self,
         directory: Path,
-        prefix: str,
+        repository_id: str,
+        url: str,
         *,
         application_id: int,
         user_version: int,
@@ -41,7 +44,8 @@ class CacheFiles:
         busy_timeout_s: float = BUSY_TIMEOUT_S,
     ) -> None:
         self.directory: Final = directory
-        self._prefix = prefix
+        # A copy of a repository has its id but not its chunks, hence the URL.
+        self._prefix = f"{repository_id[:16]}-{blake3(url.encode()).hexdigest()[:16]}-"
         self._application_id = application_id
         self._user_version = user_version
         self._schema = schema

@@ -16,8 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from blake3 import blake3
-
 from replicate.errors import RepositoryIncompatible, RepositoryUnreachable
 from replicated.cache_files import CacheFiles
 from replicated.format.canonical import Malformed, NewerFormat
@@ -142,11 +140,10 @@ class Index:
 
     def __init__(self, directory: Path, repository_id: str, store: Store) -> None:
         self._store = store
-        # A copy of a repository has its id but not its packs, hence the URL.
-        prefix = f"{repository_id[:16]}-{blake3(store.url.encode()).hexdigest()[:16]}-"
         self._files = CacheFiles(
             directory,
-            prefix,
+            repository_id,
+            store.url,
             application_id=APPLICATION_ID,
             user_version=SCHEMA_VERSION,
             schema=_SCHEMA,

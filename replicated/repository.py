@@ -347,10 +347,6 @@ class Repository:
         """Where these different chunks lie."""
         return self._reader.locate(chunk_ids)
 
-    def total_stored_bytes(self) -> int:
-        """Sum of the sizes of all objects in the store."""
-        return sum(info.size for info in self._store.list(""))
-
     def _iter_references(self, snapshot: Snapshot, seen: Seen) -> Iterator[tuple[bytes, bool]]:
         """(id, is node) of all nodes and chunks below a snapshot not in `seen`, which they are added to."""
         directories = [snapshot.root.node]

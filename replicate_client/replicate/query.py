@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from replicate import connection
 from replicate.channel import DaemonInfo, decode_daemon, protocol_error
@@ -140,74 +140,6 @@ class RemovedItem:
     #: Of a checkpoint.
     step: int
     experiment_id: str
-
-
-class EncodedBytes(NamedTuple):
-    """Pieces of files that are stored in the same way, before and after."""
-
-    plain_bytes: int
-    stored_bytes: int
-
-
-#: The names that every figure by encoding has, in the order in which they are given.
-ENCODINGS: Final = ("raw", "zstd", "planes", "delta")
-
-
-def _nothing_encoded() -> Mapping[str, EncodedBytes]:
-    return dict.fromkeys(ENCODINGS, EncodedBytes(0, 0))
-
-
-@dataclass(frozen=True, slots=True)
-class DiskUsage:
-    """What an experiment occupies: as saved, counted once, and as stored; docs/concepts.md defines it all."""
-
-    #: Empty in a total.
-    id: str = ""
-    snapshots: int = 0
-    logical_bytes: int = 0
-    unique_bytes: int = 0
-    stored_bytes: int = 0
-    #: The part of `stored_bytes` for pieces that are in no snapshot here, but that others build upon.
-    base_bytes: int = 0
-    metadata_bytes: int = 0
-    #: By the names of the encodings, all of `ENCODINGS` at least.
-    encodings: Mapping[str, EncodedBytes] = field(default_factory=_nothing_encoded)
-
-    @property
-    def saved_by_deduplication(self) -> int:
-        """Bytes that need not be stored because there are equal ones."""
-        return self.logical_bytes - self.unique_bytes
-
-    @property
-    def saved_by_compression(self) -> int:
-        """Bytes by which what is different is stored in less; negative when bases outweigh it."""
-        return self.unique_bytes - self.stored_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class UnreadableSnapshot:
-    """A snapshot whose damage keeps it from being counted."""
-
-    id: str
-    #: Empty when it is not known.
-    experiment_id: str
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class DiskUsageReport:
-    """Disk usage per experiment, and of all of them together (shared data counted once)."""
-
-    experiments: tuple[DiskUsage, ...] = ()
-    total: DiskUsage = DiskUsage()
-    #: What the repository holds that no readable snapshot needs.
-    unreferenced_bytes: int = 0
-    unreadable: tuple[UnreadableSnapshot, ...] = ()
-
-    @property
-    def repository_bytes(self) -> int:
-        """The size of the whole repository."""
-        return self.total.stored_bytes + self.total.metadata_bytes + self.unreferenced_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,21 +350,6 @@ def remove(
     ]
 
 
-def disk_usage(repository: str, references: Sequence[str] = ()) -> DiskUsageReport:
-    """What the experiments occupy; without references, all of the repository."""
-    request = pb.DiskUsageRequest(repository=repository, ids=references)
-    reply = connection.call("GetDiskUsage", request, pb.DiskUsageReply)
-    return DiskUsageReport(
-        experiments=tuple(_decode_disk_usage(message) for message in reply.experiments),
-        total=_decode_disk_usage(reply.total),
-        unreferenced_bytes=reply.unreferenced_bytes,
-        unreadable=tuple(
-            UnreadableSnapshot(message.id, message.experiment_id, message.error)
-            for message in reply.unreadable
-        ),
-    )
-
-
 def probe_repository(repository: str) -> list[ProbeStep]:
     """Try what the daemon needs of a repository, step by step; failures are in the steps."""
     reply = connection.call("ProbeRepository", pb.ProbeRequest(repository=repository), pb.ProbeReply)
@@ -513,22 +430,6 @@ def _decode_status(message: pb.StatusReply) -> DaemonStatus:
         mounts=message.mounts,
         leased_files=message.leased_files,
         leased_bytes=message.leased_bytes,
-    )
-
-
-def _decode_disk_usage(message: pb.DiskUsage) -> DiskUsage:
-    return DiskUsage(
-        id=message.id,
-        logical_bytes=message.logical_bytes,
-        unique_bytes=message.unique_bytes,
-        stored_bytes=message.stored_bytes,
-        snapshots=message.snapshots,
-        base_bytes=message.base_bytes,
-        metadata_bytes=message.metadata_bytes,
-        encodings={
-            encoded.encoding: EncodedBytes(encoded.plain_bytes, encoded.stored_bytes)
-            for encoded in message.encodings
-        },
     )
 
 

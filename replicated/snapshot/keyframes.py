@@ -123,11 +123,10 @@ class Keyframes:
     """The series of one repository; see the module's text. For one thread; one ingest at a time."""
 
     def __init__(self, directory: Path, repository_id: str, url: str) -> None:
-        # A copy of a repository has its id but not its chunks, hence the URL.
-        prefix = f"{repository_id[:16]}-{blake3(url.encode()).hexdigest()[:16]}-"
         files = CacheFiles(
             directory,
-            prefix,
+            repository_id,
+            url,
             application_id=APPLICATION_ID,
             user_version=SCHEMA_VERSION,
             schema=_SCHEMA,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgpack
-from blake3 import blake3
 
 from replicated.cache_files import Cache, CacheFiles
 from replicated.format.manifest import RootNode
@@ -119,11 +118,10 @@ class TreeCache:
         *,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        # A copy of a repository has its id but not its chunks, hence the URL.
-        prefix = f"{repository_id[:16]}-{blake3(url.encode()).hexdigest()[:16]}-"
         files = CacheFiles(
             directory,
-            prefix,
+            repository_id,
+            url,
             application_id=APPLICATION_ID,
             user_version=SCHEMA_VERSION,
             schema=_SCHEMA,

@@ -12,14 +12,8 @@ from replicate.cli.render.storing import (
     render_status,
     status_json,
 )
-from replicate.query import (
-    DaemonStatus,
-    DiskUsage,
-    DiskUsageReport,
-    EncodedBytes,
-    Failure,
-    UnreadableSnapshot,
-)
+from replicate.query import DaemonStatus, Failure
+from replicate.usage import DiskUsage, DiskUsageReport, EncodedBytes, UnreadableSnapshot
 
 
 @pytest.fixture

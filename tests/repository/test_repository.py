@@ -268,9 +268,3 @@ def test_every_chunk_of_a_snapshot_is_counted_once(repository: Repository, save:
     assert list(repository.iter_chunks(snapshot, seen)) == []
     more = save(repository, {**files, "c": b"new"})
     assert len(list(repository.iter_chunks(more, seen))) == 2
-
-
-def test_total_is_what_lies_on_the_disk(repository: Repository, save: Save, tmp_path: Path) -> None:
-    save(repository, {"a": b"x" * 10_000})
-    root = tmp_path / "repository"
-    assert repository.total_stored_bytes() == sum(f.stat().st_size for f in root.rglob("*") if f.is_file())

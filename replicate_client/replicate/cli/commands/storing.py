@@ -131,15 +131,15 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
       replicate du 3f9c2a1 9ab12cd
       replicate du --json | jq .stored_bytes
     """
-    from replicate import query
+    from replicate import usage
 
     console, project = session.console, session.project
     try:
-        report = query.disk_usage(project.repository, references)
+        report = usage.disk_usage(project.repository, references)
     except RepositoryMissing:
         if references or project.repository_origin != "default":
             raise
-        report = query.DiskUsageReport()
+        report = usage.DiskUsageReport()
     if as_json:
         console.write_json(disk_usage_json(report))
     else:

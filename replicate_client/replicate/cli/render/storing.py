@@ -15,7 +15,8 @@ from replicate.phrases import escape, format_size, plural
 from replicate.records import paths_argument
 
 if TYPE_CHECKING:
-    from replicate.query import DaemonStatus, DiskUsage, DiskUsageReport, Failure, UnreadableSnapshot
+    from replicate.query import DaemonStatus, Failure
+    from replicate.usage import DiskUsage, DiskUsageReport, UnreadableSnapshot
 
 
 def render_status(status: DaemonStatus, view: View) -> str:

@@ -3,6 +3,7 @@
 #   prepare_environment VENV EXTRAS   makes the virtual environment and installs the project into it
 #   try_file_system_tools             installs xfsprogs and btrfs-progs when they are missing and we may
 #   require_fuse                      installs Debian's fuse3 when it is missing and we may, else says how
+#   require_old_fuse                  the same for libfuse2, which only the tests of one engine need
 #
 # PYTHON chooses the interpreter (3.10 or later; default: python3).
 
@@ -31,6 +32,20 @@ require_fuse() {
     if ! install_debian_packages fuse3; then
         say "error: fuse3 is missing, and this user may not install it"
         say "hint: ask an administrator for \`apt-get install fuse3\` (other systems: the package with fusermount3 and libfuse3)"
+        exit 1
+    fi
+}
+
+# Without it the tests of the engine over plain fusepy fail: they are never skipped.
+require_old_fuse() {
+    if "${PYTHON:-python3}" -c 'import ctypes; ctypes.CDLL("libfuse.so.2")' 2>/dev/null; then
+        return
+    fi
+    say "Installing libfuse2 (for tests) …"
+    # Debian and Ubuntu from 2024 on name it after the size of time_t.
+    if ! install_debian_packages libfuse2 && ! install_debian_packages libfuse2t64; then
+        say "error: libfuse2 is missing, and this user may not install it"
+        say "hint: ask an administrator for \`apt-get install libfuse2\` (other systems: the package with libfuse.so.2)"
         exit 1
     fi
 }

@@ -5,29 +5,39 @@ People use `replicate`, which starts these on demand.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from replicate._version import __version__
-from replicate.errors import ReplicateError
-from replicate.home import find_home
-from replicated.priority import take_low_priority
+
+if TYPE_CHECKING:
+    import argparse
+
+# Imports are where they are used: a mount is there the sooner the less its process loads.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["mount-process"]:
-        from replicated.mount import process  # loads libfuse, which the daemon never needs
+        from replicated.mount import process
 
         return process.main(arguments[1:])
     if arguments[:1] == ["store-process"]:
-        # Before anything is loaded, and any thread begins.
+        from replicated.priority import take_low_priority
+
+        # Before anything else is loaded, and any thread begins.
         take_low_priority(is_urgent="--urgent" in arguments)
         from replicated.snapshot import store_process
 
         return store_process.main(arguments[1:])
+    return _serve(_parse(arguments))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="replicated", description="The daemon of replicate; `replicate` starts it on demand."
     )
@@ -45,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="BYTES_PER_S",
         help="send at most so much to repositories (0: no limit)",
     )
-    options = parser.parse_args(arguments)
-    return _serve(options)
+    return parser.parse_args(arguments)
 
 
 def _natural(text: str) -> int:
@@ -57,7 +66,9 @@ def _natural(text: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from replicated import daemon  # grpc and everything else: 0.2 s that `--help` does without
+    from replicate.errors import ReplicateError
+    from replicate.home import find_home
+    from replicated import daemon
 
     idle_exit_s = daemon.IDLE_EXIT_S if options.idle_exit is None else options.idle_exit
     try:

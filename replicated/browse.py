@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from replicate.errors import NotFound, NotStored, RepositoryDamaged
 from replicate.ids import SnapshotId, short
 from replicate.records import FileEntry, SnapshotState
+from replicated.cache import DEFAULT_CACHE_BYTES, ContentCache
 from replicated.experiments import Experiments, Resolution
 from replicated.repositories import OpenRepositories
+from replicated.repository import Repository
 from replicated.tree import Node, Tree, open_tree
 
 
@@ -30,9 +34,11 @@ class Opened:
 class Browser:
     """Opens the trees of any repository. Thread-safe."""
 
-    def __init__(self, experiments: Experiments, repositories: OpenRepositories) -> None:
+    def __init__(self, experiments: Experiments, repositories: OpenRepositories, cache: Path) -> None:
+        """`cache` is the directory of the user's caches."""
         self._experiments = experiments
         self._repositories = repositories
+        self._cache = cache
 
     def open(self, repository: str, reference: str) -> Opened:
         """The files that a reference stands for.
@@ -43,6 +49,28 @@ class Browser:
         resolution = self._experiments.resolve(repository, reference)
         identifiers = tuple(_snapshot_ids(resolution))
         return Opened(resolution, identifiers, open_tree(self._repositories.get(repository), *identifiers))
+
+    @contextmanager
+    def reading_all(
+        self, repository: str, opened: Opened, cache_bytes: int | None
+    ) -> Iterator[tuple[Tree, ContentCache | None]]:
+        """The files of a reference for one who reads all of them, and the cache that has some as a whole.
+
+        Where the repository is not near, they are read through the cache of contents, which may take
+        `cache_bytes` (None: the default); elsewhere there is none.
+        """
+        known = self._repositories.get(repository)
+        if known.store.capabilities.is_near:
+            yield opened.tree, None
+            return
+        limit_bytes = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
+        with (
+            closing(ContentCache(self._cache / "content", limit_bytes)) as content,
+            closing(
+                Repository.open_on(known.store, cache=self._cache, create=False, content=content)
+            ) as cached,
+        ):
+            yield open_tree(cached, *opened.snapshot_ids), content
 
 
 def file_entry(path: bytes, node: Node) -> FileEntry:

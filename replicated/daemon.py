@@ -34,7 +34,8 @@ from replicated.intake import Intake
 from replicated.jobs import Frozen, Jobs
 from replicated.journal import Journal
 from replicated.liveness import RunWatcher
-from replicated.mount.table import MountTable
+from replicated.mount.life.supervising import Supervisor
+from replicated.mount.life.table import MountTable
 from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
 from replicated.rpc import RpcServer, Services
@@ -139,7 +140,7 @@ class _Idleness:
         return min(since_request, time.monotonic() - self._busy_at)
 
     def _is_busy(self) -> bool:
-        if self._journal.runs() or self._mounts.list():
+        if self._journal.runs() or not self._mounts.is_idle():
             return True
         # Jobs that only wait for an unreachable repository are safe in the journal.
         return bool(self._journal.captured()) and not self._jobs.progress().waiting_because
@@ -193,7 +194,10 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
         forget=watcher.forget,
     )
     mounts = MountTable(home)
-    mounts.clean_dead()
+    mounts.adopt()
+    supervisor = Supervisor(mounts)
+    supervisor.start()
+    stack.callback(supervisor.stop)
     server = RpcServer(
         Services(
             home_spool=spool,
@@ -203,8 +207,8 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
             jobs=jobs,
             repositories=repositories,
             experiments=experiments,
-            browser=Browser(experiments, repositories),
-            removal=Removal(journal, capturer, jobs, experiments, repositories),
+            browser=Browser(experiments, repositories, home.cache),
+            removal=Removal(journal, capturer, jobs, experiments, repositories, mounts),
             mounts=mounts,
             request_stop=stop.set,
         )

@@ -235,18 +235,8 @@ class Experiments:
         edit = view.jobs.ends.get(record.id)
         if edit is not None:
             return edit.status, edit.time
-        if entry.end_status is not None:
-            return entry.end_status, entry.ended
-        process = record.process
-        if process is not None and process.boot_id == current_boot_id():
-            # Of this machine, recorded by a daemon of another home.
-            return ("running" if is_alive(process) else "killed"), None
-        if view.catalog is None:
-            return "unknown", None
-        heartbeat = self._repositories.get(view.repository).load_heartbeat(record.id)
-        if heartbeat is not None and utc_now() - heartbeat.time < HEARTBEAT_FRESH:
-            return "running", None
-        return "unknown", None
+        repository = None if view.catalog is None else self._repositories.get(view.repository)
+        return recorded_status(entry, repository)
 
     def _checkpoints(self, view: _View, experiment_id: str) -> list[CheckpointRecord]:
         stored = view.catalog.checkpoints(experiment_id) if view.catalog else []
@@ -258,6 +248,20 @@ class Experiments:
         for experiment_id, pending in view.jobs.checkpoints.items():
             checkpoints.update((c.id, experiment_id) for c in pending if c.id.startswith(prefix))
         return experiments, checkpoints
+
+
+def recorded_status(entry: CatalogEntry, repository: Repository | None) -> tuple[Status, datetime | None]:
+    """How a run stands, and when it ended, by what is recorded: who watches runs may know better."""
+    if entry.end_status is not None:
+        return entry.end_status, entry.ended
+    process = entry.record.process
+    if process is not None and process.boot_id == current_boot_id():
+        # Of this machine, recorded by a daemon of another home.
+        return ("running" if is_alive(process) else "killed"), None
+    heartbeat = None if repository is None else repository.load_heartbeat(entry.record.id)
+    if heartbeat is not None and utc_now() - heartbeat.time < HEARTBEAT_FRESH:
+        return "running", None
+    return "unknown", None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,23 @@ from replicate._pb import daemon_pb2 as pb
 from replicate.config import RUNGS
 from replicate.errors import InvalidArgument
 from replicate.ids import ExperimentId, is_id
+from replicate.records import ProcessIdentity
 from replicated.admission import DEFAULT_QUEUE_BYTES, DEFAULT_SPOOL_BYTES, Bounds
 from replicated.experiments import Resolution
 from replicated.intake import Terms
 from replicated.journal import Job
-from replicated.mount.registry import MountInfo
+from replicated.mount.engine.choosing import EngineState
+from replicated.mount.life.registry import MountInfo
+from replicated.mount.options import DEFAULT_TIMEOUT_S, ENGINES, PASSTHROUGH, MountOptions
+from replicated.probe import Finding
+from replicated.processes import is_alive
 from replicated.snapshot.capture import Captured, CaptureRequest
 from replicated.usage import Usage, UsageReport
 
 #: A century: what is more is a mistake, and must not overflow the sum.
 _MAX_STALL_NS = 100 * 365 * 86400 * 10**9
+#: A day; a reader that waits longer is as good as hanging.
+_MAX_TIMEOUT_S = 86400.0
 
 
 def check_repository(url: str) -> str:
@@ -123,14 +130,79 @@ def encode_resolution(resolution: Resolution) -> pb.Resolution:
     return message
 
 
+def decode_mount_options(message: pb.MountRequest) -> MountOptions:
+    """How to mount; raises `InvalidArgument`."""
+    if message.engine not in ("", "auto", *ENGINES):
+        raise InvalidArgument(
+            f"unknown engine: {message.engine!r}", hint=f"use one of {', '.join(('auto', *ENGINES))}"
+        )
+    if message.passthrough not in ("", *PASSTHROUGH):
+        raise InvalidArgument(f"unknown kind of passthrough: {message.passthrough!r}")
+    timeout_s = message.timeout_s or DEFAULT_TIMEOUT_S
+    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise InvalidArgument(
+            f"not a number of seconds to wait for a read: {timeout_s:g}",
+            hint=f"use a number above 0, and not more than {_MAX_TIMEOUT_S:g}",
+        )
+    if "\0" in message.prefetch:
+        raise InvalidArgument(f"not a pattern of file names: {message.prefetch!r}")
+    return MountOptions(
+        engine=message.engine or "auto",
+        passthrough=message.passthrough or "auto",
+        allow_other=message.allow_other,
+        timeout_s=timeout_s,
+        cache_bytes=message.cache_bytes if message.HasField("cache_bytes") else None,
+        prefetch=message.prefetch,
+        persist=message.persist,
+    )
+
+
+def decode_owner(message: pb.MountRequest) -> ProcessIdentity | None:
+    """The process that a mount must not outlive.
+
+    One that cannot be found is none: it may live where its pid means another process, as in a container.
+    """
+    owner = wire.decode_process(message.owner) if message.HasField("owner") else None
+    return owner if owner is not None and is_alive(owner) else None
+
+
 def encode_mount(info: MountInfo) -> pb.MountInfo:
     """A mount as a message."""
-    return pb.MountInfo(
+    message = pb.MountInfo(
         id=info.id,
         directory=os.fsencode(info.directory),
         pid=info.pid,
         experiment_id=info.experiment_id,
         repository=info.repository,
+        engine=info.engine,
+        passthrough=info.passthrough,
+        engine_reason=wire.encode_text(info.engine_reason),
+        persist=info.persist,
+        restarts=info.restarts,
+        error=wire.encode_text(info.error),
+        is_given_up=info.is_given_up,
+    )
+    if info.prefetch is not None:
+        message.prefetch.CopyFrom(
+            pb.PrefetchProgress(
+                files_done=info.prefetch.files_done,
+                files_total=info.prefetch.files_total,
+                bytes_done=info.prefetch.bytes_done,
+                bytes_total=info.prefetch.bytes_total,
+                is_finished=info.prefetch.is_finished,
+                error=wire.encode_text(info.prefetch.error),
+            )
+        )
+    return message
+
+
+def encode_engine(state: EngineState) -> pb.EngineState:
+    """Whether an engine can be used, as a message."""
+    return pb.EngineState(
+        name=state.name,
+        is_usable=state.is_usable,
+        detail=wire.encode_text(state.detail),
+        hint=wire.encode_text(state.hint),
     )
 
 
@@ -147,6 +219,16 @@ def encode_failure(job: Job) -> pb.Failure:
         paths=map(wire.encode_path, paths),
         error=wire.encode_text(job.error),
         at_ns=job.created_ns,
+    )
+
+
+def encode_probe_step(finding: Finding) -> pb.ProbeStep:
+    """One thing that was tried on a repository, as a message."""
+    return pb.ProbeStep(
+        name=finding.name,
+        ok=finding.ok,
+        detail=wire.encode_text(finding.detail),
+        hint=wire.encode_text(finding.hint),
     )
 
 

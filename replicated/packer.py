@@ -8,7 +8,7 @@ interrupted snapshot goes on where it was. Owner of the claims: the set of chunk
 
 from __future__ import annotations
 
-import secrets
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +77,7 @@ class Packer:
         store: Store,
         index: Index,
         stats: WriteStats,
-        random_name: Callable[[], bytes] = lambda: secrets.token_bytes(HASH_BYTES),
+        random_name: Callable[[], bytes] = lambda: os.urandom(HASH_BYTES),
         memory: PackMemory | None = None,
     ) -> None:
         """`memory` is borrowed; all of it has been given back when `finish` has returned."""

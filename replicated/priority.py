@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 import time
 from contextlib import suppress
@@ -94,5 +93,5 @@ def _set_session(pid: str, niceness: int) -> None:
 def _ioprio_set_number() -> int | None:
     if struct.calcsize("P") != 8:
         return None  # a 32-bit program, which the name of the machine does not tell
-    machine = platform.machine()
+    machine = os.uname().machine
     return _OTHERS_IOPRIO_SET if machine in _NEWER_MACHINES else _IOPRIO_SET.get(machine)

@@ -2,20 +2,23 @@
 
 The one place where bytes come out of packs. Invariant: what leaves has the hash by which it was asked
 for, else an error is raised. A chunk that is stored as a difference needs its base, and a base never needs
-another chunk. Keeps the chunks that were used last, of all repositories together, up to a number of bytes.
+another chunk. Keeps the chunks that were used last, of all repositories together, up to a number of bytes;
+what comes from a store that is not near goes to the cache of contents as well, and is looked for there first.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Final, NoReturn, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible
+from replicated.cache import ContentCache
 from replicated.chunk.codec import ChunkDamaged, UnknownCodec, decode, hash_chunk
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.manifest import (
@@ -34,14 +37,20 @@ from replicated.store.base import KeyMissing, Store
 MAX_GAP_BYTES: Final = 64 << 10
 #: And no more than this at once.
 MAX_READ_BYTES: Final = 8 << 20
-#: From a local disk, where a read costs little: then large chunks are read one by one, which saves copying
-#: them out of what was read, and several threads share the work.
-MAX_LOCAL_READ_BYTES: Final = 1 << 20
+#: From a store that is near, where a read costs little: then large chunks are read one by one, which saves
+#: copying them out of what was read (a fifth of what reading raw chunks takes), and several threads share the
+#: work.
+MAX_NEAR_READ_BYTES: Final = 256 << 10
 #: Less than this is decoded where it is asked for, as are small chunks: threads would wait for each other.
 MIN_SHARED_BYTES: Final = 1 << 20
 MIN_SHARED_CHUNK_BYTES: Final = 32 << 10
 #: Threads that read and decode, for all readers of a process.
 MAX_DECODERS: Final = 4
+#: Threads that wait for stores that are not near, for all readers of a process.
+MAX_FETCHERS: Final = 8
+#: What was found damaged is not fetched again before: readers that do not give up would ask for nothing else.
+DAMAGE_KEPT_S: Final = 5.0
+MAX_DAMAGES: Final = 1024
 
 T = TypeVar("T")
 
@@ -91,8 +100,19 @@ class ChunkMemory:
 class ChunkReader:
     """Verified chunks of one repository. May be used from several threads."""
 
-    def __init__(self, store: Store, index: Index, memory: ChunkMemory) -> None:
+    def __init__(
+        self,
+        store: Store,
+        index: Index,
+        memory: ChunkMemory,
+        content: ContentCache | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`content` keeps what was read on this machine's disk; None where the store is as near."""
         self._store = store
+        self._content = content
+        self._damages = _Damages(clock)
         self._index = index
         self._memory = memory
         #: What the memory knows this reader by: not itself, which it would keep alive.
@@ -108,25 +128,31 @@ class ChunkReader:
         return self.read_many([chunk_id])[chunk_id]
 
     def read_many(
-        self, chunk_ids: Sequence[bytes], lengths: Sequence[int] | None = None, *, is_once: bool = False
+        self,
+        chunk_ids: Sequence[bytes],
+        lengths: Sequence[int] | None = None,
+        *,
+        is_once: bool = False,
+        is_cached: bool = True,
     ) -> dict[bytes, bytes]:
         """Several chunks, with as few reads of the store as their places allow.
 
         When one has not the length that `lengths` says, that is damage, and none is decoded. Those that are
-        read `is_once` are not kept in memory. Raises `RepositoryDamaged` naming the chunk,
-        `RepositoryIncompatible`, `RepositoryUnreachable`.
+        read `is_once` are not kept in memory, and only where `is_cached` in the cache of contents. What was
+        damaged a moment ago still is. Raises `RepositoryDamaged` naming the chunk, `RepositoryIncompatible`,
+        `RepositoryUnreachable`.
         """
-        found = self._memory.recall(self._name, chunk_ids)
-        expected = list(zip(chunk_ids, lengths, strict=True)) if lengths is not None else []
-        for chunk_id, length in expected:
-            if chunk_id in found and len(found[chunk_id]) != length:
+        found = self._recall(chunk_ids, is_once=is_once)
+        expected: list[tuple[bytes, int]] = []
+        for chunk_id, length in zip(chunk_ids, lengths, strict=True) if lengths is not None else ():
+            if chunk_id not in found:
+                expected.append((chunk_id, length))
+            elif len(found[chunk_id]) != length:
                 raise self._other_length(chunk_id, len(found[chunk_id]), length)
         missing = [chunk_id for chunk_id in dict.fromkeys(chunk_ids) if chunk_id not in found]
         if missing:
-            fetched = self._fetch(missing, expected)
-            if not is_once:
-                self._memory.remember(self._name, fetched)
-            found.update(fetched)
+            self._refuse_damaged(missing, expected)
+            found.update(self._fetch(missing, expected, is_once=is_once, is_cached=is_cached))
         return found
 
     def read_directory(self, node: bytes) -> DirectoryNode:
@@ -155,11 +181,13 @@ class ChunkReader:
         for chunk_id in chunk_ids:
             if chunk_id not in locations:
                 damaged = ", ".join(sorted(self._index.damaged_objects))
-                raise RepositoryDamaged(
+                error = RepositoryDamaged(
                     f"chunk {chunk_id.hex()} is in no index of {self._store.url}",
                     hint=f"damaged index objects: {damaged}" if damaged else _DAMAGE_HINT,
                     fields={"chunk": chunk_id.hex()},
                 )
+                self._damages.remember(chunk_id, None, error)
+                raise error
         return locations
 
     def _parse(self, node: bytes, data: bytes, parse: Callable[[bytes], T]) -> T:
@@ -172,18 +200,59 @@ class ChunkReader:
                 fields={"chunk": node.hex()},
             ) from error
 
-    def _fetch(self, wanted: list[bytes], expected: Sequence[tuple[bytes, int]]) -> dict[bytes, bytes]:
-        """Chunks from the store; those that fail are tried again with an index that is surely right."""
+    def _recall(self, chunk_ids: Sequence[bytes], *, is_once: bool) -> dict[bytes, bytes]:
+        """Those of the chunks that need not be fetched."""
+        found = self._memory.recall(self._name, chunk_ids)
+        if self._content is not None and len(found) < len(chunk_ids):
+            kept = self._content.recall([chunk_id for chunk_id in chunk_ids if chunk_id not in found])
+            if not is_once:
+                self._memory.remember(self._name, kept)
+            found.update(kept)
+        return found
+
+    def _refuse_damaged(self, wanted: Sequence[bytes], expected: Sequence[tuple[bytes, int]]) -> None:
+        """Raise what was said a moment ago of one of these chunks, unless it lies elsewhere by now."""
+        for chunk_id, damage in self._damages.find(wanted, expected):
+            if self._index.locate([chunk_id]).get(chunk_id) == damage.place:
+                error = damage.error
+                # A new one, because each that is raised says where.
+                raise RepositoryDamaged(error.message, hint=error.hint, fields=error.fields)
+
+    def _remember(self, chunks: dict[bytes, bytes], *, is_once: bool, is_cached: bool) -> None:
+        """Keep chunks that were fetched."""
+        if not is_once:
+            self._memory.remember(self._name, chunks)
+        if self._content is not None and is_cached:
+            self._content.remember(chunks)
+
+    def _fetch(
+        self, wanted: list[bytes], expected: Sequence[tuple[bytes, int]], *, is_once: bool, is_cached: bool
+    ) -> dict[bytes, bytes]:
+        """Chunks from the store, which are kept, also when others are damaged."""
+        found = self._fetch_whole(wanted, expected)
+        self._remember(found, is_once=is_once, is_cached=is_cached)
+        for chunk_id in wanted:
+            if chunk_id not in found:
+                place = self.locate([chunk_id])[chunk_id]
+                error = self._explain(chunk_id, place)
+                self._damages.remember(chunk_id, place, error)
+                raise error
+        return found
+
+    def _fetch_whole(self, wanted: list[bytes], expected: Sequence[tuple[bytes, int]]) -> dict[bytes, bytes]:
+        """Those that are whole; what fails is tried again, at last with an index that is surely right."""
         found = self._read_places(self._locate_expected(wanted, expected))
         failed = [chunk_id for chunk_id in wanted if chunk_id not in found]
+        if failed:
+            # What was hit on its way here is right the second time, and what was moved is found.
+            self._index.refresh()
+            found.update(self._read_places(self._locate_expected(failed, expected)))
+            failed = [chunk_id for chunk_id in failed if chunk_id not in found]
         # Making the index anew takes minutes when there are millions of chunks.
         if failed and not self._rebuilt and not self._is_index_right(failed):
             self._rebuilt = True
             self._index.rebuild()
             found.update(self._read_places(self._locate_expected(failed, expected)))
-            failed = [chunk_id for chunk_id in failed if chunk_id not in found]
-        if failed:
-            self._raise_damaged(failed[0])
         return found
 
     def _locate_expected(
@@ -195,7 +264,9 @@ class ChunkReader:
             place = places.get(chunk_id)
             if place is not None and place.plain_length != length:
                 if self._rebuilt or self._is_index_right([chunk_id]):
-                    raise self._other_length(chunk_id, place.plain_length, length)
+                    error = self._other_length(chunk_id, place.plain_length, length)
+                    self._damages.remember(chunk_id, place, error, length)
+                    raise error
                 self._rebuilt = True
                 self._index.rebuild()
                 return self._locate_expected(wanted, expected)
@@ -215,7 +286,7 @@ class ChunkReader:
         if not deltas:
             return self._read_runs(others)
         needed = {place.base for place in deltas.values()}
-        bases = self._memory.recall(self._name, needed)
+        bases = self._recall(list(needed), is_once=False)
         # One of another length is none, and may be far longer than what was asked for.
         fitting = {(place.base, place.plain_length) for place in deltas.values()}
         base_places = {
@@ -244,16 +315,19 @@ class ChunkReader:
         bases: Mapping[bytes, bytes] | None = None,
         unchecked: Collection[bytes] = (),
     ) -> dict[bytes, bytes]:
-        is_local = self._store.capabilities.local_root is not None
-        runs = list(_join_neighbours(places, MAX_LOCAL_READ_BYTES if is_local else MAX_READ_BYTES))
+        is_near = self._store.capabilities.is_near
+        runs = list(_join_neighbours(places, MAX_NEAR_READ_BYTES if is_near else MAX_READ_BYTES))
 
         def read(run: _Run) -> dict[bytes, bytes]:
             return self._read_run(run, bases or {}, unchecked)
 
         total_bytes = sum(place.plain_length for place in places.values())
-        is_shared = total_bytes > max(MIN_SHARED_BYTES, len(places) * MIN_SHARED_CHUNK_BYTES)
+        is_much = total_bytes > max(MIN_SHARED_BYTES, len(places) * MIN_SHARED_CHUNK_BYTES)
+        parts: Iterable[dict[bytes, bytes]] = map(read, runs)
+        if len(runs) > 1 and (is_much or not is_near):
+            parts = (_decoders() if is_near else _fetchers()).map(read, runs)
         found: dict[bytes, bytes] = {}
-        for chunks in _decoders().map(read, runs) if is_shared and len(runs) > 1 else map(read, runs):
+        for chunks in parts:
             found.update(chunks)
         return found
 
@@ -302,20 +376,19 @@ class ChunkReader:
                 return False
         return True
 
-    def _raise_damaged(self, chunk_id: bytes) -> NoReturn:
-        """Say what is wrong with a chunk that could not be read."""
-        place = self.locate([chunk_id])[chunk_id]
-        if place.base:
-            self._check_base(chunk_id, place)
+    def _explain(self, chunk_id: bytes, place: Location) -> RepositoryDamaged:
+        """What is wrong with a chunk that could not be read."""
+        if place.base and (error := self._explain_base(chunk_id, place)):
+            return error
         key = pack_key(place.pack)
-        raise RepositoryDamaged(
+        return RepositoryDamaged(
             f"chunk {chunk_id.hex()} is damaged or missing in {key} of {self._store.url}",
             hint=_DAMAGE_HINT,
             fields={"chunk": chunk_id.hex(), "key": key},
         )
 
-    def _check_base(self, chunk_id: bytes, place: Location) -> None:
-        """Raise `RepositoryDamaged` for a chunk if it is its base that cannot be read."""
+    def _explain_base(self, chunk_id: bytes, place: Location) -> RepositoryDamaged | None:
+        """What is wrong with a chunk if it is its base that cannot be read."""
         base = place.base
         try:
             found = self.locate([base])[base]
@@ -325,11 +398,61 @@ class ChunkReader:
                 raise RepositoryDamaged(f"chunk {base.hex()} is of another length", hint=_DAMAGE_HINT)
             self.read(base)
         except RepositoryDamaged as error:
-            raise RepositoryDamaged(
+            return RepositoryDamaged(
                 f"chunk {chunk_id.hex()} is stored as a difference to one that is not there: {error.message}",
                 hint=error.hint,
                 fields={"chunk": chunk_id.hex(), "base": base.hex()},
-            ) from error
+            )
+        return None
+
+
+class _Damage(NamedTuple):
+    until: float
+    #: Where the chunk lay; None when it was in no index. Where it lies by now is another matter.
+    place: Location | None
+    error: RepositoryDamaged
+
+
+class _Damages:
+    """What was found damaged a moment ago. Shared by threads; its lock is a leaf."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        #: By chunk, and the length that it has not, if that is the damage; those found last at the end.
+        self._found: OrderedDict[tuple[bytes, int | None], _Damage] = OrderedDict()
+
+    def remember(
+        self, chunk_id: bytes, place: Location | None, error: RepositoryDamaged, length: int | None = None
+    ) -> None:
+        """This is what reading a chunk has just ended with.
+
+        With a `length` it was so for those who expect that one, and the chunk itself may be whole.
+        """
+        with self._lock:
+            self._found[chunk_id, length] = _Damage(self._clock() + DAMAGE_KEPT_S, place, error)
+            self._found.move_to_end((chunk_id, length))
+            if len(self._found) > MAX_DAMAGES:
+                self._found.popitem(last=False)
+
+    def find(
+        self, chunk_ids: Iterable[bytes], expected: Iterable[tuple[bytes, int]]
+    ) -> list[tuple[bytes, _Damage]]:
+        """Those of the chunks that are among them, also for those who expect these lengths of some."""
+        if not self._found:
+            return []
+        with self._lock:
+            now = self._clock()
+            while self._found and next(iter(self._found.values())).until <= now:
+                self._found.popitem(last=False)
+            keys: list[tuple[bytes, int | None]] = [(chunk_id, None) for chunk_id in chunk_ids]
+            keys += expected
+            return [(key[0], self._found[key]) for key in keys if key in self._found]
+
+
+@cache
+def _fetchers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MAX_FETCHERS, thread_name_prefix="fetch")
 
 
 @cache
@@ -338,6 +461,7 @@ def _decoders() -> ThreadPoolExecutor:
 
 
 # A child has none of its parent's threads.
+os.register_at_fork(after_in_child=_fetchers.cache_clear)
 os.register_at_fork(after_in_child=_decoders.cache_clear)
 
 

@@ -8,7 +8,7 @@ leads to the data; the data itself is left to the collector.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from replicate.ids import CheckpointId, ExperimentId, short
 from replicated.experiments import Experiments
 from replicated.jobs import Jobs
 from replicated.journal import Job, Journal
+from replicated.mount.life.table import MountTable
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
 from replicated.snapshot.capture import Capturer
@@ -43,17 +44,19 @@ class Removal:
         jobs: Jobs,
         experiments: Experiments,
         repositories: OpenRepositories,
+        mounts: MountTable,
     ) -> None:
         self._journal = journal
         self._capturer = capturer
         self._jobs = jobs
         self._experiments = experiments
         self._repositories = repositories
+        self._mounts = mounts
 
     def plan(self, repository: str, references: Sequence[str], *, force: bool) -> list[Removable]:
         """What these references would take away; raises as `Experiments.resolve`.
 
-        A running experiment is refused with `InvalidArgument` unless `force` is set.
+        What is running or mounted is refused with `InvalidArgument` unless `force` is set.
         """
         plan: dict[str, Removable] = {}
         for reference in references:
@@ -75,6 +78,8 @@ class Removal:
                 plan[checkpoint.id] = Removable(
                     checkpoint.id, "checkpoint", experiment_id, 0, checkpoint.step
                 )
+        if not force:
+            self._refuse_mounted(repository, plan)
         return list(plan.values())
 
     def remove(self, repository: str, plan: Sequence[Removable]) -> None:
@@ -97,6 +102,18 @@ class Removal:
                     self._capturer.forget(job)
 
         self._jobs.wake(repository)  # what it waited for may be gone
+
+    def _refuse_mounted(self, repository: str, plan: Container[str]) -> None:
+        for mount in self._mounts.list():
+            if mount.repository != repository:
+                continue
+            for identifier in (mount.id, mount.experiment_id):
+                if identifier in plan:
+                    raise InvalidArgument(
+                        f"{short(identifier)} is mounted on {mount.directory}",
+                        hint="unmount it first (`replicate umount`), or use -f/--force",
+                        fields={"id": identifier},
+                    )
 
     def _open(self, repository: str, plan: Sequence[Removable]) -> Repository | None:
         """The repository; None when it is missing and nothing of the plan is in it yet."""

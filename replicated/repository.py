@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from replicate.errors import (
     InternalError,
@@ -26,9 +27,10 @@ from replicate.errors import (
 )
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId, is_id, new_id, short
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
+from replicated.cache import ContentCache
 from replicated.format import metadata
 from replicated.format.canonical import Malformed, NewerFormat
-from replicated.format.manifest import DIRECTORY, FILE, ChunkList, DirectoryNode, FileContent
+from replicated.format.manifest import ChunkList, DirectoryNode
 from replicated.format.metadata import Edit, Heartbeat, Snapshot
 from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
 from replicated.index import INDEX_PREFIX, Index, Location
@@ -36,9 +38,9 @@ from replicated.packer import PACK_PREFIX
 from replicated.reader import ChunkMemory, ChunkReader
 from replicated.store import open_store
 from replicated.store.base import KeyMissing, Store
-from replicated.writer import SnapshotWriter, WriteMemories
 
-__all__ = ["Repository", "SnapshotWriter"]
+if TYPE_CHECKING:
+    from replicated.writer import SnapshotWriter, WriteMemories
 
 SETTINGS_KEY: Final = "repository.json"
 EXPERIMENT_PREFIX: Final = "experiments/"
@@ -52,37 +54,12 @@ MEMORY_BYTES: Final = 48 << 20
 #: Of all repositories that this process has open together.
 _MEMORY = ChunkMemory(MEMORY_BYTES)
 
+#: The clocks of two machines that share a file system may differ by so much, and of one by a tick.
+_SETTLED_NS = 2 * 10**9
+
 _ID_NAME = re.compile(r"([0-9a-f]{64})\.json")
-_LOOK_UP_BATCH = 500
 
 T = TypeVar("T")
-
-
-class StoredChunk(NamedTuple):
-    """A chunk, or node of a tree, and how it is stored."""
-
-    id: bytes
-    plain_length: int
-    stored_length: int
-    codec: int
-    #: Whether it is a node of a tree rather than content of a file.
-    is_node: bool
-    #: Id of the chunk without which it cannot be decoded, also of one in no snapshot; empty: there is none.
-    base: bytes
-    #: Name of the pack that it is in.
-    pack: bytes
-
-
-class Seen(Protocol):
-    """A set of ids, as `set[bytes]` is one."""
-
-    def __contains__(self, chunk_id: bytes, /) -> bool:
-        """Whether it was added."""
-        ...
-
-    def add(self, chunk_id: bytes, /) -> object:
-        """Add it."""
-        ...
 
 
 class Repository:
@@ -93,28 +70,59 @@ class Repository:
     return and idempotent.
     """
 
-    def __init__(self, store: Store, settings: RepositorySettings, cache: Path) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: RepositorySettings,
+        cache: Path,
+        content: ContentCache | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
         self._store = store
+        self._content = None if store.capabilities.is_near else content
         self._settings = settings
         self._index = Index(cache / "index", settings.id, store)
-        self._reader = ChunkReader(store, self._index, _MEMORY)
-        self._memories = WriteMemories(settings.chunker)
+        memory = _MEMORY if memory_bytes is None else ChunkMemory(memory_bytes)
+        self._reader = ChunkReader(store, self._index, memory, self._content)
+        # Guards the memories, which are there once something was written.
+        self._lock = threading.Lock()
+        self._memories: WriteMemories | None = None
 
     @classmethod
-    def open(cls, url: str, *, cache: Path, create: bool) -> Repository:
+    def open(
+        cls,
+        url: str,
+        *,
+        cache: Path,
+        create: bool,
+        content: ContentCache | None = None,
+        memory_bytes: int | None = None,
+    ) -> Repository:
         """Open the repository at `url`; with `create`, make an empty one when there is none.
 
-        `cache` is a directory for what can be rebuilt, shared by all repositories and processes. Raises
-        `RepositoryMissing`, `RepositoryIncompatible`, `ConfigError` for a URL that cannot be used.
+        `cache` is a directory for what can be rebuilt, shared by all repositories and processes. `content`
+        keeps what is read from a store that is not near; it is the caller's and closed by it. Chunks take at
+        most `memory_bytes` of memory, else as many as all repositories of the process together.
+
+        Raises `RepositoryMissing`, `RepositoryIncompatible`, `ConfigError` for a URL that cannot be used.
         """
-        return cls.open_on(open_store(url, create=create), cache=cache, create=create)
+        store = open_store(url, create=create)
+        return cls.open_on(store, cache=cache, create=create, content=content, memory_bytes=memory_bytes)
 
     @classmethod
-    def open_on(cls, store: Store, *, cache: Path, create: bool) -> Repository:
+    def open_on(
+        cls,
+        store: Store,
+        *,
+        cache: Path,
+        create: bool,
+        content: ContentCache | None = None,
+        memory_bytes: int | None = None,
+    ) -> Repository:
         """The repository in a store that is open already; otherwise like `open`."""
         if create and not store.exists(SETTINGS_KEY):
             _create(store)
-        return cls(store, _load_settings(store), cache)
+        return cls(store, _load_settings(store), cache, content, memory_bytes)
 
     @property
     def id(self) -> str:
@@ -132,6 +140,11 @@ class Repository:
         return self._store
 
     @property
+    def content(self) -> ContentCache | None:
+        """What keeps contents on this machine's disk; None where the store is as near."""
+        return self._content
+
+    @property
     def index(self) -> Index:
         """Which chunk lies where."""
         return self._index
@@ -140,15 +153,23 @@ class Repository:
         """Give up the local index and what is kept in memory; may be called twice."""
         self._reader.close()
         self._index.close()
-        self._memories.close()
+        with self._lock:
+            if self._memories is not None:
+                self._memories.close()
 
     # Writing
 
     def writer(self, on_progress: Callable[[int], None] | None = None) -> SnapshotWriter:
         """A new writer. `on_progress` gets the bytes of content done so far, from any thread."""
+        # Imported here: who only reads begins without all that writing needs.
+        from replicated.writer import SnapshotWriter, WriteMemories
+
         self._index.refresh()
+        with self._lock:
+            self._memories = self._memories or WriteMemories(self._settings.chunker)
+            memories = self._memories
         return SnapshotWriter(
-            self._store, self._index, self._reader, self._settings.chunker, on_progress, self._memories
+            self._store, self._index, self._reader, self._settings.chunker, on_progress, memories
         )
 
     def check_writable(self) -> None:
@@ -255,18 +276,41 @@ class Repository:
         return self._reader.read(chunk_id)
 
     def read_chunks(
-        self, chunk_ids: Sequence[bytes], lengths: Sequence[int], *, is_once: bool = False
+        self,
+        chunk_ids: Sequence[bytes],
+        lengths: Sequence[int],
+        *,
+        is_once: bool = False,
+        is_cached: bool = True,
     ) -> dict[bytes, bytes]:
         """Several chunks that should have these lengths, with as few reads of the store as possible.
 
-        Those that are read `is_once` are not kept in memory.
+        Those that are read `is_once` are not kept in memory, and only where `is_cached` in the cache of
+        contents, if there is one.
         """
-        return self._reader.read_many(chunk_ids, lengths, is_once=is_once)
+        return self._reader.read_many(chunk_ids, lengths, is_once=is_once, is_cached=is_cached)
 
     def list_snapshot_ids(self) -> list[SnapshotId]:
         """Every snapshot, in no order."""
         names = (info.key.removeprefix(SNAPSHOT_PREFIX) for info in self._store.list(SNAPSHOT_PREFIX))
         return [SnapshotId(name) for name in names if is_id(name)]
+
+    def experiments_token(self) -> object:
+        """What is equal as long as no experiment was added or removed; None where that costs a request."""
+        root = self._store.capabilities.local_root
+        if root is None:
+            return None
+        try:
+            info = os.stat(root / EXPERIMENT_PREFIX)
+        except OSError:
+            return None
+        # What changes within the same tick of the clock that stamps directories does not show.
+        is_settled = time.time_ns() - info.st_mtime_ns > _SETTLED_NS
+        return (info.st_dev, info.st_ino, info.st_mtime_ns) if is_settled else None
+
+    def check_present(self) -> None:
+        """Raise `RepositoryMissing` when there is none any more, as where a disk was unmounted."""
+        _load_settings(self._store)
 
     def list_experiment_ids(self) -> list[ExperimentId]:
         """Every experiment, in no order."""
@@ -320,72 +364,9 @@ class Repository:
         except (KeyMissing, Malformed, NewerFormat):
             return None
 
-    def iter_chunks(self, snapshot: Snapshot, seen: Seen | None = None) -> Iterator[StoredChunk]:
-        """Every chunk and node of a snapshot, each once.
-
-        What is in `seen` is left out, with all that lies below it, and what is given is added to it. Raises
-        `RepositoryDamaged` for one that is in no index, or whose base is in none.
-        """
-        references = self._iter_references(snapshot, set() if seen is None else seen)
-        while batch := dict(islice(references, _LOOK_UP_BATCH)):
-            places = self._reader.locate(list(batch))
-            bases = {place.base for place in places.values() if place.base}
-            if self._index.find_missing(bases):
-                self._reader.locate(sorted(bases))
-            for chunk_id, place in places.items():
-                yield StoredChunk(
-                    chunk_id,
-                    place.plain_length,
-                    place.stored_length,
-                    place.codec,
-                    batch[chunk_id],
-                    place.base,
-                    place.pack,
-                )
-
     def locate(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Location]:
         """Where these different chunks lie."""
         return self._reader.locate(chunk_ids)
-
-    def _iter_references(self, snapshot: Snapshot, seen: Seen) -> Iterator[tuple[bytes, bool]]:
-        """(id, is node) of all nodes and chunks below a snapshot not in `seen`, which they are added to."""
-        directories = [snapshot.root.node]
-        while directories:
-            node_id = directories.pop()
-            if node_id in seen:
-                continue
-            seen.add(node_id)
-            yield node_id, True
-            node = self.read_directory(node_id)
-            directories.extend(child.node for child in node.children)
-            for entry in node.entries:
-                if entry.type == DIRECTORY:
-                    directories.append(entry.hash)
-                elif entry.type == FILE:
-                    content = FileContent.from_entry(entry.size, entry.hash, entry.content)
-                    yield from self._iter_content(content, seen)
-
-    def _iter_content(self, content: FileContent, seen: Seen) -> Iterator[tuple[bytes, bool]]:
-        lists: list[bytes] = []
-        ids: list[bytes] = []
-        if content.layout and content.layout not in seen:
-            seen.add(content.layout)
-            yield content.layout, True
-        if content.node:
-            lists.append(content.node)
-        elif content.size:
-            ids.extend(content.ids())
-        while lists or ids:
-            for chunk_id in ids:
-                if chunk_id not in seen:
-                    seen.add(chunk_id)
-                    yield chunk_id, False
-            ids = []
-            if lists and (node_id := lists.pop()) not in seen:
-                seen.add(node_id)
-                yield node_id, True
-                node = self.read_chunk_list(node_id)
-                (ids if node.level == 0 else lists).extend(node.split_ids())
 
     def _list_ids(self, prefix: str) -> list[str]:
         names = (_ID_NAME.fullmatch(info.key.removeprefix(prefix)) for info in self._store.list(prefix))

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,15 +40,20 @@ from replicated.messages import (
     check_repository,
     decode_capture,
     decode_directory,
+    decode_mount_options,
+    decode_owner,
     decode_target,
     decode_terms,
     encode_captured,
+    encode_engine,
     encode_failure,
     encode_mount,
+    encode_probe_step,
     encode_resolution,
     encode_usage_report,
 )
-from replicated.mount.table import MountTable
+from replicated.mount.engine import choosing
+from replicated.mount.life.table import MountTable
 from replicated.probe import probe_repository
 from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
@@ -351,27 +356,33 @@ class _Servicer(pb_grpc.DaemonServicer):
             return
         if not request.force:
             steps.refuse_conflicts()
-        for files, size_bytes in progress_of(lambda report: execute(steps, opened.tree, report), is_wanted):
-            yield pb.CheckoutEvent(files_done=files, bytes_done=size_bytes)
+        cache_bytes = request.cache_bytes if request.HasField("cache_bytes") else None
+        with self._services.browser.reading_all(request.target.repository, opened, cache_bytes) as reading:
+            tree, content = reading
+            done = progress_of(lambda report: execute(steps, tree, report, content), is_wanted)
+            for files, size_bytes in done:
+                yield pb.CheckoutEvent(files_done=files, bytes_done=size_bytes)
 
     @_unary
     def Mount(self, request: pb.MountRequest) -> pb.MountInfo:
         repository, reference = decode_target(request.target)
         directory = decode_directory(request.directory)
+        options = decode_mount_options(request)
+        owner = decode_owner(request)
         if not reference:
             self._services.repositories.get(repository)  # tells what is wrong with it better than a mount
-            return encode_mount(self._services.mounts.mount(repository, "", "", (), directory))
-        opened = self._services.browser.open(repository, reference)
-        checkpoint = opened.resolution.checkpoint
-        return encode_mount(
-            self._services.mounts.mount(
-                repository,
-                opened.resolution.summary.record.id,
-                checkpoint.id if checkpoint else "",
-                opened.snapshot_ids,
-                directory,
-            )
+            experiment_id = checkpoint_id = ""
+            snapshot_ids: Sequence[str] = ()
+        else:
+            opened = self._services.browser.open(repository, reference)
+            checkpoint = opened.resolution.checkpoint
+            experiment_id = opened.resolution.summary.record.id
+            checkpoint_id = checkpoint.id if checkpoint else ""
+            snapshot_ids = opened.snapshot_ids
+        info = self._services.mounts.mount(
+            repository, experiment_id, checkpoint_id, snapshot_ids, directory, options, owner
         )
+        return encode_mount(info)
 
     @_unary
     def ListMounts(self, request: pb.ListMountsRequest) -> pb.MountList:
@@ -388,6 +399,10 @@ class _Servicer(pb_grpc.DaemonServicer):
             everything=request.all,
         )
         return pb.MountList(mounts=map(encode_mount, ended))
+
+    @_unary
+    def ProbeMounting(self, request: pb.ProbeMountingRequest) -> pb.ProbeMountingReply:
+        return pb.ProbeMountingReply(engines=map(encode_engine, choosing.describe()))
 
     # The queue
 
@@ -413,6 +428,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         captured = [job for job in services.journal.captured() if is_meant(job)]
         failed = [job for job in services.journal.failed() if is_meant(job)]
         progress = services.jobs.progress()
+        mounts = services.mounts.list()
         active = [job for job in captured if job.id in progress.active_ids]
         done = progress.bytes_done if any(job.id == progress.active_id for job in active) else 0
         return pb.StatusReply(
@@ -428,7 +444,8 @@ class _Servicer(pb_grpc.DaemonServicer):
             spool_bytes=services.home_spool.size_bytes(),
             failures=map(encode_failure, failed),
             waiting_because=wire.encode_text(progress.waiting_because),
-            mounts=len(services.mounts.list()),
+            mounts=sum(not mount.error for mount in mounts),
+            failed_mounts=sum(mount.is_given_up for mount in mounts),
             leased_files=services.held.count,
             leased_bytes=services.held.size_bytes,
         )
@@ -474,14 +491,7 @@ class _Servicer(pb_grpc.DaemonServicer):
     @_unary
     def ProbeRepository(self, request: pb.ProbeRequest) -> pb.ProbeReply:
         steps = probe_repository(self._services.repositories, check_repository(request.repository))
-        return pb.ProbeReply(
-            steps=[
-                pb.ProbeStep(
-                    name=s.name, ok=s.ok, detail=wire.encode_text(s.detail), hint=wire.encode_text(s.hint)
-                )
-                for s in steps
-            ]
-        )
+        return pb.ProbeReply(steps=map(encode_probe_step, steps))
 
 
 def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:

@@ -7,53 +7,21 @@ by what is asked for, whatever somebody may have written into the repository.
 
 from __future__ import annotations
 
-import threading
-from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Final
 
 from replicate.errors import NotFound, RepositoryDamaged
 from replicate.ids import SnapshotId
-from replicate.records import FileType
+from replicated.directories import Directories, Listing, Node, layers_of, without_shadowed
 from replicated.file_reader import FileReader
-from replicated.format.manifest import (
-    DIRECTORY,
-    FILE,
-    MAX_DEPTH,
-    TYPE_NAMES,
-    DirectoryNode,
-    Entry,
-    FileContent,
-)
+from replicated.format.manifest import MAX_DEPTH, FileContent, RootNode
 from replicated.repository import Repository
 
-#: Directories are remembered until they hold more entries than this together; the last one always is.
-CACHED_ENTRIES: Final = 1 << 17
+__all__ = ["Node", "Tree", "diff_trees", "open_tree"]
 
-#: Of a file, where its bytes are; of a directory, the ids of its nodes, those of later snapshots last.
-Content: TypeAlias = FileContent | tuple[bytes, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One file, directory or link."""
-
-    name: bytes
-    type: FileType
-    #: Permission bits as recorded, at most 0o7777.
-    mode: int
-    mtime_ns: int
-    #: Of a file its length, of a link the length of its target, of a directory 0.
-    size: int
-    #: BLAKE3 of a file's content or of a link's target; empty for directories.
-    hash: bytes
-    #: Where a link points to; empty otherwise.
-    target: bytes
-    #: Opaque; equal contents are equal subtrees or equal files.
-    content: Content
+#: Entries of a directory that `walk` takes at once.
+_WALK_BATCH: Final = 256
 
 
 class Tree:
@@ -66,39 +34,37 @@ class Tree:
         self.root = root
         self._repository = repository
         self._entry_limit = entry_limit
-        self._lock = threading.Lock()
-        self._recent: OrderedDict[tuple[bytes, ...], Mapping[bytes, Node]] = OrderedDict()
-        self._recent_entries = 0
+        self._directories = Directories(repository)
+
+    def listing(self, node: Node) -> Listing:
+        """What a directory holds, of which no more is read than is asked for.
+
+        Raises `NotADirectoryError` for another node.
+        """
+        listing = self._directories.listing(layers_of(node))
+        if len(listing) > self._entry_limit:
+            raise self._too_large()
+        return listing
+
+    def preload(self, nodes: Sequence[Node]) -> None:
+        """Read the beginnings of directories that will be listed, with few reads of the store."""
+        self._directories.preload([layer for node in nodes for layer in layers_of(node)])
 
     def children(self, node: Node) -> Mapping[bytes, Node]:
         """What a directory holds, by name, sorted; raises `NotADirectoryError` for another node."""
-        layers = _layers(node)
-        with self._lock:
-            known = self._recent.get(layers)
-            if known is not None:
-                self._recent.move_to_end(layers)
-                return known
-        merged: dict[bytes, Node] = {}
-        for layer in layers:
-            for entry in self._load_entries(layer):
-                merged[entry.name] = _overlay(merged.get(entry.name), _node(entry))
-        if len(layers) > 1:
-            merged = dict(sorted(merged.items()))
-        children = MappingProxyType(merged)
-        self._remember(layers, children)
-        return children
+        return MappingProxyType({child.name: child for child in self._iter_children(node)})
 
     def find(self, path: bytes) -> Node:
         """The node at a path (b"" is the root), no links followed; raises `NotFound`."""
         node = self.root
         for name in path.split(b"/") if path else ():
-            found = self._find_child(node, name) if node.type == "directory" else None
+            found = self.listing(node).find(name) if node.type == "directory" else None
             if found is None:
                 raise NotFound(
                     f"no such file in the snapshot: {path.decode('utf-8', 'backslashreplace')}",
                     hint="`replicate files ID` lists what it holds",
                 )
-            node = found
+            node = found[1]
         return node
 
     def walk(self, path: bytes = b"") -> Iterator[tuple[bytes, Node]]:
@@ -111,7 +77,7 @@ class Tree:
         if top.type != "directory":
             return
         count = 0
-        stack = [(path, iter(self.children(top).values()))]
+        stack = [(path, self._iter_children(top))]
         while stack:
             parent, siblings = stack[-1]
             node = next(siblings, None)
@@ -121,13 +87,11 @@ class Tree:
             count += 1
             # The same small node below itself many times over would go on for ever.
             if count > self._entry_limit or len(stack) > MAX_DEPTH:
-                raise RepositoryDamaged(
-                    f"a tree in {self._repository.url} has more entries or levels than its snapshot says"
-                )
+                raise self._too_large()
             node_path = parent + b"/" + node.name if parent else node.name
             yield node_path, node
             if node.type == "directory":
-                stack.append((node_path, iter(self.children(node).values())))
+                stack.append((node_path, self._iter_children(node)))
 
     def reader(self, node: Node) -> FileReader:
         """A reader of a regular file; raises `IsADirectoryError` or `ValueError` for another node."""
@@ -153,73 +117,18 @@ class Tree:
             for node in nodes
         ]
 
-    def _find_child(self, directory: Node, name: bytes) -> Node | None:
-        """One entry of a directory, without loading the rest of a long one."""
-        layers = _layers(directory)
-        with self._lock:
-            known = self._recent.get(layers)
-        if known is not None:
-            return known.get(name)
-        if all(self._repository.read_directory(layer).level == 0 for layer in layers):
-            return self.children(directory).get(name)
-        found: Node | None = None
-        for layer in layers:
-            entry = self._find_entry(layer, name)
-            if entry is not None:
-                found = _overlay(found, _node(entry))
-        return found
+    def _iter_children(self, node: Node) -> Iterator[Node]:
+        """What a directory holds, sorted by name; of one snapshot's, little is in memory."""
+        listing = self.listing(node)
+        children = _iter_listing(listing)
+        if len(layers_of(node)) == 1:
+            return children
+        return iter(sorted(children, key=lambda child: child.name))
 
-    def _find_entry(self, node_id: bytes, name: bytes) -> Entry | None:
-        node = self._repository.read_directory(node_id)
-        while node.level > 0:
-            position = bisect_left([child.last_name for child in node.children], name)
-            if position == len(node.children):
-                return None
-            (node,) = self._load_below(node, position, position + 1)
-        position = bisect_left([entry.name for entry in node.entries], name)
-        if position < len(node.entries) and node.entries[position].name == name:
-            return node.entries[position]
-        return None
-
-    def _load_entries(self, node_id: bytes) -> Iterator[Entry]:
-        """The entries of one directory of one snapshot, in order."""
-        pending = [self._repository.read_directory(node_id)]
-        while pending:
-            node = pending.pop()
-            if node.level == 0:
-                yield from node.entries
-            else:
-                pending.extend(reversed(self._load_below(node, 0, len(node.children))))
-
-    def _load_below(self, node: DirectoryNode, start: int, stop: int) -> list[DirectoryNode]:
-        """Some of the nodes below one, each checked to be what the one above says."""
-        children = node.children[start:stop]
-        loaded = self._repository.read_directories([child.node for child in children])
-        for position, (child, below) in enumerate(zip(children, loaded, strict=True), start):
-            names = [e.name for e in below.entries] or [c.last_name for c in below.children]
-            count = len(below.entries) + sum(c.entry_count for c in below.children)
-            lower = node.children[position - 1].last_name if position else b""
-            if (
-                below.level != node.level - 1
-                or not names
-                or names[0] <= lower
-                or names[-1] != child.last_name
-                or count != child.entry_count
-            ):
-                raise RepositoryDamaged(
-                    f"tree node {child.node.hex()} in {self._repository.url} is not what the node above says",
-                    fields={"chunk": child.node.hex()},
-                )
-        return loaded
-
-    def _remember(self, layers: tuple[bytes, ...], children: Mapping[bytes, Node]) -> None:
-        with self._lock:
-            if layers not in self._recent:
-                self._recent[layers] = children
-                self._recent_entries += len(children)
-            while self._recent_entries > CACHED_ENTRIES and len(self._recent) > 1:
-                _, oldest = self._recent.popitem(last=False)
-                self._recent_entries -= len(oldest)
+    def _too_large(self) -> RepositoryDamaged:
+        return RepositoryDamaged(
+            f"a tree in {self._repository.url} has more entries or levels than its snapshot says"
+        )
 
 
 def open_tree(repository: Repository, *snapshot_ids: SnapshotId) -> Tree:
@@ -229,7 +138,13 @@ def open_tree(repository: Repository, *snapshot_ids: SnapshotId) -> Tree:
     """
     if not snapshot_ids:
         raise ValueError("a tree needs a snapshot")
-    roots = [repository.load_snapshot(snapshot_id).root for snapshot_id in snapshot_ids]
+    return overlay_roots(
+        repository, [repository.load_snapshot(snapshot_id).root for snapshot_id in snapshot_ids]
+    )
+
+
+def overlay_roots(repository: Repository, roots: Sequence[RootNode]) -> Tree:
+    """The same, of snapshots that are loaded; there is at least one."""
     last = roots[-1]
     root = Node(
         name=b"",
@@ -239,7 +154,7 @@ def open_tree(repository: Repository, *snapshot_ids: SnapshotId) -> Tree:
         size=0,
         hash=b"",
         target=b"",
-        content=_without_shadowed([root.node for root in roots]),
+        content=without_shadowed([root.node for root in roots]),
     )
     return Tree(repository, root, sum(root.files + root.directories + root.symlinks for root in roots))
 
@@ -290,34 +205,8 @@ def _is_same(before: Node, after: Node) -> bool:
     )
 
 
-def _node(entry: Entry) -> Node:
-    content: Content = None
-    digest, target = entry.hash, b""
-    if entry.type == FILE:
-        content = FileContent.from_entry(entry.size, entry.hash, entry.content)
-    elif entry.type == DIRECTORY:
-        content, digest = (entry.hash,), b""
-    else:
-        (target,) = entry.content
-    return Node(
-        entry.name, TYPE_NAMES[entry.type], entry.mode, entry.mtime_ns, entry.size, digest, target, content
-    )
-
-
-def _overlay(earlier: Node | None, later: Node) -> Node:
-    """What is seen where two snapshots have a node of the same name."""
-    if earlier is None or earlier.type != "directory" or later.type != "directory":
-        return later
-    layers = _without_shadowed((*_layers(earlier), *_layers(later)))
-    return Node(later.name, "directory", later.mode, later.mtime_ns, 0, b"", b"", layers)
-
-
-def _without_shadowed(layers: Sequence[bytes]) -> tuple[bytes, ...]:
-    """The layers, of equal ones only the last: it covers all that the others hold."""
-    return tuple(reversed(dict.fromkeys(reversed(layers))))
-
-
-def _layers(node: Node) -> tuple[bytes, ...]:
-    if not isinstance(node.content, tuple):
-        raise NotADirectoryError(node.name)
-    return node.content
+def _iter_listing(listing: Listing) -> Iterator[Node]:
+    start = 0
+    while entries := listing.entries(start, _WALK_BATCH):
+        yield from (node for _, node in entries)
+        start = entries[-1][0] + 1

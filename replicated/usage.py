@@ -22,8 +22,9 @@ from replicated.format.pack import ENTRY, FOOTER, HEADER, RECORD
 from replicated.idset import IdSet
 from replicated.index import Location
 from replicated.packer import PACK_PREFIX, pack_key
+from replicated.references import StoredChunk, iter_chunks
 from replicated.repositories import OpenRepositories
-from replicated.repository import Repository, StoredChunk
+from replicated.repository import Repository
 
 #: How chunks of contents can be stored, in the order in which the figures are given.
 ENCODINGS: Final[Mapping[int, str]] = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", DELTA: "delta"}
@@ -149,7 +150,7 @@ class _Survey:
             snapshot = self._repository.load_snapshot(snapshot_id)
             # In the order of their seeing: what is not new to an experiment is not new in total.
             first, *rest = censuses
-            for chunk in self._repository.iter_chunks(snapshot, first.seen):
+            for chunk in iter_chunks(self._repository, snapshot, first.seen):
                 self._objects.check_pack(chunk.pack)
                 first.add(chunk)
                 for census in rest:
@@ -233,7 +234,7 @@ class _Census:
 
     def __init__(self, locate: _Locate) -> None:
         self._locate = locate
-        #: Of chunks and nodes that were added; for `Repository.iter_chunks`.
+        #: Of chunks and nodes that were added; for `references.iter_chunks`.
         self.seen = IdSet()
         #: Ids that were met as bases; they may be in `seen` as well, then they count as what they are there.
         self._bases = IdSet()

@@ -12,8 +12,9 @@ import hypothesis
 import pytest
 
 from replicate.errors import NotFound
+from replicated.directories import FixedListing, Node
+from replicated.file_reader import Piece
 from replicated.format.manifest import FileContent
-from replicated.tree import Node
 
 hypothesis.settings.register_profile("default", derandomize=True, max_examples=60, deadline=None)
 hypothesis.settings.register_profile("deep", derandomize=False, max_examples=3000, deadline=None)
@@ -21,12 +22,25 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 class MemoryReader:
-    def __init__(self, pread):
-        self.pread = pread
+    """Reads through a function, MiB by MiB."""
 
-    def iter_parts(self, offset, length):
+    def __init__(self, pread, node):
+        self.pread = pread
+        self._node = node
+
+    def iter_parts(self, offset, length, *, is_cached=True):
         for start in range(offset, offset + length, 1 << 20):
             yield self.pread(start, min(1 << 20, offset + length - start))
+
+    def iter_pieces(self, offset, length):
+        for start in range(0, self._node.size, 1 << 20):
+            size = min(1 << 20, self._node.size - start)
+            begin, end = max(offset - start, 0), min(offset + length - start, size)
+            if begin < end:
+                yield Piece(self._node.hash + start.to_bytes(8, "big"), size, begin, end)
+
+    def fetch(self, chunks):
+        return {name: self.pread(int.from_bytes(name[-8:], "big"), size) for name, size in chunks.items()}
 
 
 class MemoryTree:
@@ -57,6 +71,12 @@ class MemoryTree:
         node = FileContent(len(content), blake3.blake3(content).digest(), b"", (), content)
         return Node(name, "file", mode, mtime_ns, node.size, node.hash, b"", node)
 
+    def listing(self, node):
+        return FixedListing(self.children(node).values())
+
+    def preload(self, nodes):
+        pass
+
     def children(self, node):
         self.listings += 1
         return self._entries[int(node.content[0])]
@@ -79,7 +99,8 @@ class MemoryTree:
     def reader(self, node):
         data = node.content.node
         replaced = self.readers.get(node.name)
-        return MemoryReader(replaced.pread if replaced else lambda at, length: data[at : at + length])
+        pread = replaced.pread if replaced else lambda at, length: data[at : at + length]
+        return MemoryReader(pread, node)
 
     def read_files(self, nodes):
         return [self.reader(node).pread(0, node.size) for node in nodes]

@@ -25,6 +25,8 @@ SHARE = Relation(
 )
 TIMES = Relation(lambda value, other: value / other, _times)
 FASTER = Relation(lambda value, other: other / value, _times, is_at_most=False)
+#: Of rates: more is better.
+SPEED = Relation(lambda value, other: value / other, _times, is_at_most=False)
 SLOWER = Relation(lambda value, other: value / other - 1, lambda ratio: f"{ratio:+.1%}")
 
 

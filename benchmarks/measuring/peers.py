@@ -33,12 +33,14 @@ _SETTLE_PATIENCE_S = 120.0
 class Peers:
     """The virtual environments of the peers: those in `directory`, which are made there when missing."""
 
-    def __init__(self, directory: Path, *, keepsake_python: str | None, is_skipped: bool) -> None:
+    def __init__(
+        self, directory: Path, *, keepsake_python: str | None, is_skipped: bool, is_silent: bool = False
+    ) -> None:
         self.directory = directory
         self._keepsake_python = keepsake_python
         self._problems: dict[str, str] = {}
         self._is_skipped = is_skipped
-        if is_skipped:
+        if is_skipped and not is_silent:
             print("skipped: all peers")
 
     def start_keepsake(self, directory: Path) -> "Peer | None":
@@ -89,6 +91,24 @@ class Peers:
                 return None
         return Path(shutil.which(name) or name)
 
+    def find_borg_mount(self, borg: Path) -> bool:
+        """Whether `borg mount` works, for which it needs one of two more packages."""
+        if "borg mount" in self._problems:
+            return False
+        if not _run([borg, "mount", "--help"]):
+            for module in ("llfuse", "pyfuse3"):
+                if not _run([_interpreter(borg), "-c", f"import {module}"]):
+                    return True
+        package = "python3-llfuse"
+        if os.geteuid() == 0 and shutil.which("apt-get") is not None:
+            progress(f"borg mount: installing the package {package}")
+            if not (problem := _run(["apt-get", "install", "--yes", "--no-install-recommends", package])):
+                return True
+        else:
+            problem = f"it needs the Debian package {package}"
+        self._skip("borg mount", problem)
+        return False
+
     def _skip(self, name: str, problem: str) -> None:
         self._problems[name] = problem
         print(f"skipped: {name}: {problem}", flush=True)
@@ -123,6 +143,13 @@ def _run(command: list[str | Path]) -> str:
         return str(error)
     said = ran.stderr.strip() or f"{command[0]} exited with status {ran.returncode}"
     return said.splitlines()[-1] if ran.returncode else ""
+
+
+def _interpreter(program: Path) -> str:
+    """What runs a program that is a script."""
+    with program.open("rb") as file:
+        first = file.readline(200)
+    return os.fsdecode(first[2:].strip()) if first.startswith(b"#!") else sys.executable
 
 
 def _old_python() -> str:

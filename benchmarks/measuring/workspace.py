@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import replicate
@@ -24,6 +25,7 @@ _BLOCK = 1 << 20
 _STAMP_DISTANCE = 16 << 10
 _FILES_A_DIRECTORY = 100
 _STOP_TIMEOUT_S = 120.0
+_REMOVING_THREADS = 8
 #: Large enough to be captured as checkpoints are, not as small files are.
 _FIRST_BYTES = 2 << 20
 
@@ -89,6 +91,10 @@ class Workspace:
 
     def empty_project(self) -> None:
         """Remove all files of the project."""
+        folders = [path for path in self.project.glob("*/*") if path.is_dir() and not path.is_symlink()]
+        # Each file takes a millisecond where the disk is told at once what has become free.
+        with ThreadPoolExecutor(_REMOVING_THREADS) as pool:
+            list(pool.map(shutil.rmtree, folders))
         shutil.rmtree(self.project)
         self.project.mkdir()
 

@@ -136,40 +136,43 @@ class Replicate:
 
 
 class _Command:
-    """A tool that is a program to be called each time."""
+    """A tool that is a program to be called each time.
+
+    `benchmarks/mount.py` calls it with the same `options` and in the same `environment`.
+    """
 
     name: str
     #: What is set in its environment so that it asks nothing and keeps everything below its directory.
     settings: ClassVar[dict[str, str]]
 
     def __init__(self, program: Path, workspace: Workspace) -> None:
-        self._program = program
+        self.program = program
         self._project = workspace.project
-        self._directory = workspace.root / self.name
-        self._directory.mkdir()
-        self._repository = self._directory / "repository"
-        self._environment = {**os.environ, **self.settings, "HOME": str(self._directory)}
+        self.directory = workspace.root / self.name
+        self.directory.mkdir()
+        self.repository = self.directory / "repository"
+        self.environment = {**os.environ, **self.settings, "HOME": str(self.directory)}
         self._pid = 0
         self._memory = MemorySampler(lambda: self._pid)
         self._memory.start()
         self._before = 0
 
     def stored_bytes(self) -> int:
-        return tree_bytes(self._repository) - self._before
+        return tree_bytes(self.repository) - self._before
 
     def peak_bytes(self) -> int:
         return self._memory.peaks["save"]
 
     def stop(self) -> None:
         self._memory.stop()
-        shutil.rmtree(self._directory)
+        shutil.rmtree(self.directory)
 
     def _run(self, *arguments: str | Path, directory: Path | None = None) -> Cost:
         begin = time.perf_counter()
         process = subprocess.Popen(
-            [self._program, *arguments],
+            [self.program, *arguments],
             cwd=directory or self._project,
-            env=self._environment,
+            env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
@@ -199,17 +202,17 @@ class Restic(_Command):
 
     def __init__(self, program: Path, workspace: Workspace) -> None:
         super().__init__(program, workspace)
-        self._options = ("--quiet", "--repo", self._repository, "--cache-dir", self._directory / "cache")
-        self._run("init", *self._options)
-        self._before = tree_bytes(self._repository)
+        self.options = ("--quiet", "--repo", self.repository, "--cache-dir", self.directory / "cache")
+        self._run("init", *self.options)
+        self._before = tree_bytes(self.repository)
 
     def save(self) -> Cost:
-        return self._save("backup", *self._options, DATA)
+        return self._save("backup", *self.options, DATA)
 
     def restore(self, number: int, directory: Path) -> Cost:
         # Named by their time, which is how the last one of several is told from the others.
-        names = sorted((self._repository / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        return self._run("restore", *self._options, names[number].name, "--target", directory)
+        names = sorted((self.repository / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return self._run("restore", *self.options, names[number].name, "--target", directory)
 
 
 class Borg(_Command):
@@ -220,19 +223,19 @@ class Borg(_Command):
 
     def __init__(self, program: Path, workspace: Workspace) -> None:
         super().__init__(program, workspace)
-        self._environment["BORG_BASE_DIR"] = str(self._directory)
+        self.environment["BORG_BASE_DIR"] = str(self.directory)
         self._saved = 0
-        self._run("init", "--encryption", "none", self._repository)
-        self._before = tree_bytes(self._repository)
+        self._run("init", "--encryption", "none", self.repository)
+        self._before = tree_bytes(self.repository)
 
     def save(self) -> Cost:
-        cost = self._save("create", f"{self._repository}::{self._saved}", DATA)
+        cost = self._save("create", f"{self.repository}::{self._saved}", DATA)
         self._saved += 1
         return cost
 
     def restore(self, number: int, directory: Path) -> Cost:
         directory.mkdir()
-        return self._run("extract", f"{self._repository}::{number}", directory=directory)
+        return self._run("extract", f"{self.repository}::{number}", directory=directory)
 
 
 class _Session:

@@ -26,13 +26,23 @@ CaptureMode = Literal["auto", "copy"]
 RepositoryOrigin = Literal["argument", "environment", "config", "default"]
 
 CONFIG_NAMES = ("replicate.yaml", "replicate.yml")
-CONFIG_KEYS = ("repository", "capture", "ignore", "queue_limit", "spool_limit", "upload_limit", "warn_above")
+CONFIG_KEYS = (
+    "repository",
+    "capture",
+    "ignore",
+    "queue_limit",
+    "spool_limit",
+    "upload_limit",
+    "cache_size",
+    "warn_above",
+)
 CAPTURE_MODES: tuple[CaptureMode, ...] = ("auto", "copy")
 #: The ways to freeze a file, first the one that is tried first, that can be insisted on.
 RUNGS = ("lease", "reflink", "memory", "copy")
 #: For debugging, tests and benchmarks: the only rung in which this process has files frozen.
 RUNG_VARIABLE = "REPLICATE_CAPTURE_RUNG"
 DEFAULT_WARN_ABOVE = 10 * 10**9
+DEFAULT_CACHE_SIZE = 10 * 10**9
 DEFAULT_REPOSITORY = "file://.replicate"
 _SCHEMES = ("file://", "s3://", "gs://")
 _YAML_TAG = "tag:yaml.org,2002:"
@@ -56,6 +66,8 @@ class ProjectConfig:
     spool_limit: int = 0
     #: How many bytes a second may be sent to the repository; 0: no limit.
     upload_limit: int = 0
+    #: How many bytes of what mounts and checkouts read may be kept on this machine; 0: none.
+    cache_size: int = DEFAULT_CACHE_SIZE
     #: How many new bytes of one snapshot are unusual enough to be told of; 0: none are.
     warn_above: int = DEFAULT_WARN_ABOVE
     #: The file that was read, if there is one.
@@ -103,6 +115,7 @@ def find_project(
         queue_limit=settings.queue_limit,
         spool_limit=settings.spool_limit,
         upload_limit=settings.upload_limit,
+        cache_size=settings.cache_size,
         warn_above=settings.warn_above,
         file=file,
     )
@@ -117,6 +130,14 @@ def working_directory() -> Path:
             "the working directory does not exist any more",
             hint="change into a directory that exists, or name the project directory",
         ) from None
+
+
+def absolute_path(path: str | os.PathLike[str]) -> str:
+    """A path seen from the root; raises `ValueError` for an empty one, `ConfigError` as above."""
+    text = os.fsdecode(path)
+    if not text:
+        raise ValueError('the directory must not be empty; "." is the working directory')
+    return os.path.normpath(text if os.path.isabs(text) else working_directory() / text)
 
 
 def resolve_repository(url: str, project: Path) -> str:
@@ -175,6 +196,7 @@ class _Settings:
     queue_limit: int = 0
     spool_limit: int = 0
     upload_limit: int = 0
+    cache_size: int = DEFAULT_CACHE_SIZE
     warn_above: int = DEFAULT_WARN_ABOVE
 
 
@@ -251,7 +273,12 @@ def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
         queue_limit=_quantity(file, found, "queue_limit", parse_size),
         spool_limit=_quantity(file, found, "spool_limit", parse_size),
         upload_limit=_quantity(file, found, "upload_limit", parse_rate),
-        warn_above=_warn_above(file, found),
+        cache_size=_size_or_off(
+            file, found, "cache_size", DEFAULT_CACHE_SIZE, "with `cache_size: off` nothing is kept"
+        ),
+        warn_above=_size_or_off(
+            file, found, "warn_above", DEFAULT_WARN_ABOVE, "with `warn_above: off` nothing is warned of"
+        ),
     )
 
 
@@ -322,16 +349,15 @@ def _ignore(file: Path, found: dict[str, tuple[int, object]]) -> tuple[str, ...]
     return tuple(value)
 
 
-def _warn_above(file: Path, found: dict[str, tuple[int, object]]) -> int:
-    _, value = found.get("warn_above", (0, None))
+def _size_or_off(file: Path, found: dict[str, tuple[int, object]], key: str, default: int, hint: str) -> int:
+    _, value = found.get(key, (0, None))
     if value is None:
-        return DEFAULT_WARN_ABOVE
+        return default
     if value == "off" or (isinstance(value, _Other) and value.is_off):
         return 0
     try:
-        return _quantity(file, found, "warn_above", parse_size)
+        return _quantity(file, found, key, parse_size)
     except ConfigError as error:
-        hint = "with `warn_above: off` nothing is warned of"
         raise ConfigError(error.message, hint=hint, fields=error.fields) from None
 
 

@@ -56,6 +56,11 @@ class Home:
         return self.run / "mounts"
 
     @property
+    def lasting_mounts(self) -> Path:
+        """One JSON file a mount that comes back after a restart of the machine."""
+        return self.state / "mounts"
+
+    @property
     def log_file(self) -> Path:
         """The daemon's log, rotated."""
         return self.logs / "replicated.log"

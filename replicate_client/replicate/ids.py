@@ -6,8 +6,8 @@ An id is 64 lower-case hexadecimal characters from the system's random source, c
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from dataclasses import dataclass
 from typing import Literal, NewType
 
@@ -32,7 +32,7 @@ Selector = Literal["", "best", "latest", "code", "step"]
 
 def new_id() -> str:
     """A new random id."""
-    return secrets.token_hex(ID_LENGTH // 2)
+    return os.urandom(ID_LENGTH // 2).hex()
 
 
 def short(identifier: str) -> str:

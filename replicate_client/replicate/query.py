@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from replicate import connection
 from replicate.channel import DaemonInfo, decode_daemon, protocol_error
-from replicate.config import working_directory
+from replicate.config import absolute_path
 from replicate.lazy import LazyModule
 from replicate.records import (
     CheckpointRecord,
@@ -59,19 +59,6 @@ class Resolution:
 
 
 @dataclass(frozen=True, slots=True)
-class MountInfo:
-    """One mount that is being served."""
-
-    #: Of the checkpoint, else of the experiment that is mounted; empty: the whole repository.
-    id: str
-    #: Absolute.
-    directory: str
-    pid: int
-    experiment_id: str
-    repository: str
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """A snapshot that will not be stored, and why."""
 
@@ -102,6 +89,8 @@ class DaemonStatus:
     #: The last error of a snapshot that is being retried; empty when nothing is held up.
     waiting_because: str
     mounts: int
+    #: Mounts that ended again and again, until nobody tried to mount them any more.
+    failed_mounts: int
     #: Kept from changing by a lease until they are stored, in place of a copy.
     leased_files: int
     leased_bytes: int
@@ -227,20 +216,23 @@ def checkout(
     force: bool = False,
     delete: bool = False,
     dry_run: bool = False,
+    cache_bytes: int | None = None,
 ) -> Iterator[CheckoutEvent]:
     """Write the files of a snapshot into `output_directory`, reporting as it goes.
 
     The checkout happens while the events are consumed; leaving early stops it. With `path` only that
     file or directory; `force` replaces files that are in the way (else `CheckoutConflict`, and nothing
     is written); `delete` also removes what is not in the snapshot; `dry_run` only reports actions.
+    `cache_bytes` is what the cache on disk may take, as for a mount.
     """
     request = pb.CheckoutRequest(
         target=_target(repository, reference),
-        output_directory=_absolute(output_directory),
+        output_directory=wire.encode_path(absolute_path(output_directory)),
         path=wire.encode_path(path),
         force=force,
         delete=delete,
         dry_run=dry_run,
+        cache_bytes=cache_bytes,
     )
     for message in connection.stream("Checkout", request, pb.CheckoutEvent):
         yield CheckoutEvent(
@@ -254,39 +246,6 @@ def checkout(
                 for action in message.actions
             ),
         )
-
-
-def mount(repository: str, reference: str, directory: str | os.PathLike[str]) -> MountInfo:
-    """Mount a snapshot read-only; returns when the mount can be used. An empty reference mounts all.
-
-    Raises `MountFailed` naming what is wrong with the directory or with FUSE.
-    """
-    request = pb.MountRequest(target=_target(repository, reference), directory=_absolute(directory))
-    return _decode_mount(connection.call("Mount", request, pb.MountInfo))
-
-
-def list_mounts() -> list[MountInfo]:
-    """The mounts of this user that are being served."""
-    return _decode_mounts(connection.call("ListMounts", pb.ListMountsRequest(), pb.MountList))
-
-
-def unmount(
-    *, directory: str | os.PathLike[str] | None = None, id: str | None = None, all: bool = False
-) -> list[MountInfo]:
-    """Unmount by directory, by the id of what is mounted (or a prefix), or everything; returns what went.
-
-    Exactly one argument must be given. Raises `NotFound` when nothing is mounted there, `MountFailed`
-    when files are in use.
-    """
-    if (directory is not None) + (id is not None) + all != 1:
-        raise TypeError("give exactly one of directory, id and all")
-    if directory is not None:
-        request = pb.UnmountRequest(directory=_absolute(directory))
-    elif id is not None:
-        request = pb.UnmountRequest(id=id)
-    else:
-        request = pb.UnmountRequest(all=True)
-    return _decode_mounts(connection.call("Unmount", request, pb.MountList))
 
 
 def status() -> DaemonStatus:
@@ -360,13 +319,6 @@ def _target(repository: str, reference: str) -> pb.Target:
     return pb.Target(repository=repository, id=reference)
 
 
-def _absolute(directory: str | os.PathLike[str]) -> bytes:
-    path = os.fsdecode(directory)
-    if not path:
-        raise ValueError('the directory must not be empty; "." is the working directory')
-    return wire.encode_path(os.path.normpath(path if os.path.isabs(path) else working_directory() / path))
-
-
 def _read_request(
     repository: str, reference: str, path: str, offset: int, length: int | None
 ) -> pb.ReadFileRequest:
@@ -388,20 +340,6 @@ def _decode_resolution(message: pb.Resolution) -> Resolution:
         named_experiment=message.named_experiment,
         chosen=_choice(message.chosen),
     )
-
-
-def _decode_mount(message: pb.MountInfo) -> MountInfo:
-    return MountInfo(
-        id=message.id,
-        directory=wire.decode_path(message.directory),
-        pid=message.pid,
-        experiment_id=message.experiment_id,
-        repository=message.repository,
-    )
-
-
-def _decode_mounts(message: pb.MountList) -> list[MountInfo]:
-    return [_decode_mount(mount) for mount in message.mounts]
 
 
 def _decode_status(message: pb.StatusReply) -> DaemonStatus:
@@ -428,6 +366,7 @@ def _decode_status(message: pb.StatusReply) -> DaemonStatus:
         ),
         waiting_because=message.waiting_because,
         mounts=message.mounts,
+        failed_mounts=message.failed_mounts,
         leased_files=message.leased_files,
         leased_bytes=message.leased_bytes,
     )

@@ -14,10 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from replicate import notices, query
-from replicate.errors import CheckoutConflict, InvalidArgument, NotFound, NotStored, ReplicateError
+from replicate import mounts, notices, query
+from replicate.config import find_project
+from replicate.environment import identify_process
+from replicate.errors import (
+    CheckoutConflict,
+    ConfigError,
+    InvalidArgument,
+    NotFound,
+    NotStored,
+    ReplicateError,
+)
 from replicate.home import find_home
 from replicate.ids import new_id, short
+from replicate.mounts import MountChoices
 from replicate.phrases import format_size, plural
 from replicate.records import FileEntry
 
@@ -81,7 +91,15 @@ class Snapshot:
 
         def write() -> tuple[int, int]:
             files = size_bytes = 0
-            for event in query.checkout(self._repository, self._reference(), dir, path=path, force=force):
+            events = query.checkout(
+                self._repository,
+                self._reference(),
+                dir,
+                path=path,
+                force=force,
+                cache_bytes=_cache_size(),
+            )
+            for event in events:
                 files, size_bytes = event.files_done, event.bytes_done
             return files, size_bytes
 
@@ -92,26 +110,50 @@ class Snapshot:
         if not quiet:
             notices.say(f"wrote {plural(files, 'file')} ({format_size(size_bytes)}) to {os.fspath(dir)}")
 
-    def mount(self, dir: str | os.PathLike[str] | None = None) -> Mount:
+    def mount(
+        self, dir: str | os.PathLike[str] | None = None, *, engine: str = "", prefetch: str = ""
+    ) -> Mount:
         """Mount the files read-only; use it with `with`, which gives the directory, or `unmount` it.
 
-        Without `dir` a place is chosen, and the mount ends with this process at the latest.
+        Without `dir` a place is chosen, and the mount ends with this process at the latest, however that
+        ends. `engine` is what serves it (`native`, `mfusepy` or `fusepy`; the best by default). `prefetch`
+        says which files are read in advance: a pattern as in `.gitignore`, such as `*.safetensors`, `**` for
+        all, or `trace` for those that were read in the last mount of the same files, in that order.
         Raises `MountFailed` saying what is in the way.
         """
-        return _when_stored(lambda: Mount(self._repository, self._reference(), dir))
+        return _when_stored(lambda: Mount(self._repository, self._reference(), dir, engine, prefetch))
 
 
 class Mount:
     """A mounted snapshot: a path, and a context manager that unmounts at the end."""
 
     def __init__(
-        self, repository: str, reference: str, directory: str | os.PathLike[str] | None = None
+        self,
+        repository: str,
+        reference: str,
+        directory: str | os.PathLike[str] | None = None,
+        engine: str = "",
+        prefetch: str = "",
     ) -> None:
         self._pid = os.getpid()
         self._is_mounted = False
+        for name, value in (("engine", engine), ("prefetch", prefetch)):
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string, not {value!r}")
+        if directory is not None:
+            _check_directory(directory)
         # The daemon makes the directory and removes it at the end.
-        chosen = directory or find_home().mounts / f"{short(reference)}-{new_id()[:8]}"
-        self.path = Path(query.mount(repository, reference, chosen).directory)
+        chosen = (
+            directory if directory is not None else find_home().mounts / f"{short(reference)}-{new_id()[:8]}"
+        )
+        choices = MountChoices(
+            engine=engine,
+            prefetch=prefetch,
+            cache_bytes=_cache_size(),
+            # A process that is killed cannot unmount any more.
+            owner=identify_process() if directory is None else None,
+        )
+        self.path = Path(mounts.mount(repository, reference, chosen, choices).directory)
         self._is_mounted = True
         if directory is None:
             _end_with_process(self)
@@ -120,7 +162,7 @@ class Mount:
         """Unmount; harmless when it is not mounted any more. Raises `MountFailed` while files are open."""
         if self._is_mounted:
             try:
-                query.unmount(directory=self.path)
+                mounts.unmount(directory=self.path)
             except NotFound:
                 pass
             self._is_mounted = False
@@ -128,10 +170,17 @@ class Mount:
     def __enter__(self) -> Path:
         return self.path
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, *_: object) -> None:
         # A forked child that leaves the block must not take the mount away from its parent.
-        if self._pid == os.getpid():
+        if self._pid != os.getpid():
+            return
+        try:
             self.unmount()
+        except ReplicateError as error:
+            # Not in place of what the block has raised.
+            if kind is None:
+                raise
+            notices.say(f"{error.message}: it stays mounted")
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -197,6 +246,15 @@ class _SavedFile(io.RawIOBase):
         self._piece_start = self._position
         if len(self._piece) < wanted:
             raise OSError(f"the daemon sent less of the file than it has: {self.name}")
+
+
+def _cache_size() -> int | None:
+    """What may be kept on this machine, as the project of the working directory says; else the default."""
+    try:
+        return find_project().cache_size
+    except ConfigError:
+        # Of no importance to who reads a snapshot that was found already.
+        return None
 
 
 def _find_file(repository: str, reference: str, path: str) -> FileEntry:
@@ -292,3 +350,16 @@ def _unmount_all() -> None:
             mount.__exit__()
         except ReplicateError as error:
             notices.warn_once(str(error))
+
+
+def _check_directory(directory: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` for what cannot be the name of a directory."""
+    name = os.fspath(directory)
+    if not name:
+        raise ValueError('the directory must not be empty; "." is the working directory')
+    try:
+        is_name = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise ValueError(f"no directory can have this name: {name!r}")

@@ -1,7 +1,8 @@
 """Reads the files of a checkout ahead of their being written, in threads of its own.
 
 One thread fetches in the order in which the files are written, small ones many at once; another one hashes
-what is long. `writing` takes the parts. Invariant: a file whose parts were all taken is what was saved; and
+what is long. What is long is taken from the cache of contents when that has it as a whole. `writing` takes
+the parts. Invariant: a file whose parts were all taken is what was saved; and
 no more than some batches are in memory.
 """
 
@@ -19,6 +20,7 @@ from typing import Final
 from blake3 import blake3
 
 from replicate.errors import InternalError, RepositoryDamaged, RepositoryError
+from replicated.cache import ContentCache, PlainFile
 from replicated.file_reader import Part
 from replicated.tree import Node, Tree
 
@@ -31,6 +33,8 @@ _SMALL_BYTES = 256 << 10
 _MAX_SMALL_FILES = 512
 #: Parts that are smaller than this on average are joined: a call for each would cost more.
 _MIN_PART_BYTES = 64 << 10
+#: What is read at once of a file in the cache.
+_PLAIN_PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,10 @@ class ReadAhead:
     Used as a context manager: leaving ends the threads, whatever has been taken.
     """
 
-    def __init__(self, tree: Tree, files: Iterable[Node]) -> None:
+    def __init__(self, tree: Tree, files: Iterable[Node], content: ContentCache | None = None) -> None:
         self._tree = tree
         self._files = files
+        self._content = content
         self._batches: SimpleQueue[_Batch | BaseException] = SimpleQueue()
         #: One for each batch that may still be read.
         self._room = threading.Semaphore(MAX_BATCHES)
@@ -149,7 +154,7 @@ class ReadAhead:
         whole = blake3()
         parts: list[Part] = []
         size = done = 0
-        for part in self._tree.reader(file).iter_parts(0, file.size):
+        for part in self._iter_parts(file):
             parts.append(part)
             size += len(part)
             if size >= BATCH_BYTES:
@@ -160,6 +165,20 @@ class ReadAhead:
             raise RepositoryDamaged(f"the file is shorter than recorded: {file.size} bytes")
         if parts:
             yield self._batch(whole, file, parts, is_last=True)
+
+    def _iter_parts(self, file: Node) -> Iterator[Part]:
+        """The content of a long file: as far as the cache has it from there, else from the repository."""
+        done = 0
+        plain = None if self._content is None else self._content.open_plain(file.hash, file.size)
+        if plain is not None:
+            with plain:
+                # Hashed before anything is written, for then the repository can still be asked.
+                if _has_hash(plain, file.hash):
+                    for part in _iter_plain(plain):
+                        yield part
+                        done += len(part)
+        if done < file.size:
+            yield from self._tree.reader(file).iter_parts(done, file.size - done)
 
     def _batch(self, whole: blake3, file: Node, parts: list[Part], is_last: bool) -> _Batch:
         if len(parts) * _MIN_PART_BYTES > sum(map(len, parts)):
@@ -172,6 +191,26 @@ class ReadAhead:
                 raise _wrong_hash(file)
 
         return _Batch(deque(parts), self._hashing.submit(check))
+
+
+def _has_hash(plain: PlainFile, digest: bytes) -> bool:
+    whole = blake3()
+    for part in _iter_plain(plain):
+        whole.update(part)
+    return whole.digest() == digest
+
+
+def _iter_plain(plain: PlainFile) -> Iterator[Part]:
+    """A file of the cache in parts; ends early when somebody changes it."""
+    for offset in range(0, plain.size, _PLAIN_PART_BYTES):
+        part = memoryview(bytearray(min(_PLAIN_PART_BYTES, plain.size - offset)))
+        try:
+            length = plain.read_into(part, offset)
+        except OSError:
+            return
+        if length < len(part) or not plain.is_intact():
+            return
+        yield part
 
 
 def _check(file: Node, content: bytes) -> None:

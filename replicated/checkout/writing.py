@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from replicated.cache import ContentCache
 from replicated.checkout.places import (
     OPEN_DIRECTORY,
     OPEN_FILE,
@@ -23,25 +24,25 @@ from replicated.checkout.places import (
 from replicated.checkout.planning import Action, Plan
 from replicated.checkout.reading import ReadAhead
 from replicated.file_reader import Part
+from replicated.sparse import write_sparse
 from replicated.tree import Node, Tree
 
 #: Called with the files and bytes written so far.
 OnProgress = Callable[[int, int], None]
 
 _TEMPORARY_PREFIX = b".replicate-tmp-"
-#: Zeros of this length become a hole: small enough for sparse files, big enough to cost nothing.
-_HOLE_BYTES = 64 << 10
-_ZEROS = bytes(_HOLE_BYTES)
 _OWNER_BITS = 0o700
 
 
-def execute(plan: Plan, tree: Tree, on_progress: OnProgress | None = None) -> None:
-    """Do what was planned.
+def execute(
+    plan: Plan, tree: Tree, on_progress: OnProgress | None = None, content: ContentCache | None = None
+) -> None:
+    """Do what was planned; whole files that `content` has are taken from there.
 
     Raises `CheckoutFailed` naming the path (what was done before stays, the path itself is as it was),
     `RepositoryDamaged` and other `RepositoryError`s.
     """
-    _Executor(plan, tree, on_progress or (lambda files, size: None)).run()
+    _Executor(plan, tree, on_progress or (lambda files, size: None), content).run()
 
 
 @dataclass(slots=True)
@@ -57,10 +58,11 @@ class _Place:
 
 
 class _Executor:
-    def __init__(self, plan: Plan, tree: Tree, on_progress: OnProgress) -> None:
+    def __init__(self, plan: Plan, tree: Tree, on_progress: OnProgress, content: ContentCache | None) -> None:
         self._plan = plan
         self._tree = tree
         self._on_progress = on_progress
+        self._content = content
         self._files_done = 0
         self._bytes_done = 0
         #: The open directories from the output directory down to where we are.
@@ -70,7 +72,7 @@ class _Executor:
         output = self._plan.output
         try:
             self._open_output()
-            with ReadAhead(self._tree, self._plan.files) as ahead:
+            with ReadAhead(self._tree, self._plan.files, self._content) as ahead:
                 for action in self._plan.actions:
                     parent = self._go_to(action.path)
                     with naming(self._full(action.path)):
@@ -139,7 +141,7 @@ class _Executor:
         elif action.only_attributes:
             if not _set_attributes(parent, node):
                 # Not what was planned, so it is not among what is read ahead.
-                with ReadAhead(self._tree, [node]) as alone:
+                with ReadAhead(self._tree, [node], self._content) as alone:
                     self._put(parent, node, alone)
         elif action.verb != "keep":
             self._put(parent, node, ahead)
@@ -174,7 +176,7 @@ class _Executor:
         try:
             offset = 0
             for part in parts:
-                _write_sparse(descriptor, part, offset)
+                write_sparse(descriptor, part, offset)
                 offset += len(part)
                 self._bytes_done += len(part)
                 self._on_progress(self._files_done, self._bytes_done)
@@ -227,25 +229,3 @@ def _delete(parent: int, name: bytes) -> None:
             os.unlink(name, dir_fd=parent)
     except FileNotFoundError:
         return
-
-
-def _write_sparse(descriptor: int, part: Part, offset: int) -> None:
-    """Write all of `part` but its blocks of zeros; the file is cut to its length at the end."""
-    view = memoryview(part)
-    for begin, end in _data_ranges(view):
-        while begin < end:
-            begin += os.pwrite(descriptor, view[begin:end], offset + begin)
-
-
-def _data_ranges(view: memoryview) -> Iterator[tuple[int, int]]:
-    """The ranges outside blocks of zeros."""
-    begin = 0
-    for position in range(0, len(view), _HOLE_BYTES):
-        block = view[position : position + _HOLE_BYTES]
-        # Most blocks show at one end what they are; a memoryview is slow to compare.
-        if block[0] == 0 == block[-1] and _ZEROS.startswith(bytes(block)):
-            if begin < position:
-                yield begin, position
-            begin = position + len(block)
-    if begin < len(view):
-        yield begin, len(view)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from pyfastcdc import FastCDC
-
 from replicated.chunk.codec import MAX_CHUNK_BYTES
 
 ALGORITHM: Final = "fastcdc2020"
@@ -71,6 +69,9 @@ class Cutter:
     """Cuts one file that is looked at window by window; the cuts are those of one pass over the whole."""
 
     def __init__(self, sizes: ChunkSizes) -> None:
+        # Imported here: who only reads begins without it.
+        from pyfastcdc import FastCDC
+
         self._sizes = sizes
         self._cutter = FastCDC(
             sizes.average,

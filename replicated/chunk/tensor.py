@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, TypeAlias
 from blake3 import blake3
 
 from replicated.chunk.containers import hdf5, npy, safetensors, zip_archive
-from replicated.chunk.containers.source import MIN_EXTENT_BYTES, Extent, Malformed, Source
+from replicated.chunk.containers.source import MAX_REGIONS, MIN_EXTENT_BYTES, Extent, Malformed, Source
 
 #: (offset, length) → those bytes, fewer only at the end of the file; what it raises passes through.
 ReadAt: TypeAlias = Callable[[int, int], bytes]
@@ -26,8 +26,6 @@ ReadAt: TypeAlias = Callable[[int, int], bytes]
 MIN_REGION_BYTES: Final = MIN_EXTENT_BYTES
 #: Regions are cut into pieces of this length, counted from their starts.
 PIECE_BYTES: Final = 1 << 20
-#: Of a file, also when its layout is read; the layout then takes less than 2 MiB.
-MAX_REGIONS: Final = 1 << 16
 #: All gaps of a file together; they are stored anew with nearly every checkpoint.
 MAX_GAP_BYTES: Final = 4 << 20
 # Files of shorter regions (archives of source files, say) would be cut into more chunks than they are worth.

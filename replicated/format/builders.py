@@ -23,7 +23,7 @@ from replicated.format.manifest import (
     NANOSECONDS,
     SYMLINK,
     FileContent,
-    parse_entry,
+    check_entry,
     parse_layout,
 )
 from replicated.format.segments import NodeTree
@@ -91,10 +91,10 @@ class DirectoryBuilder:
             raise ValueError(f"names of a directory are not in order: {name!r}")
         self._last_name = name
         seconds, nanoseconds = divmod(mtime_ns, NANOSECONDS)
-        # Parsed again, so that what is written is what is accepted, whoever calls.
+        # Checked, so that what is written is what is accepted, whoever calls.
         entry = (name, kind, mode, seconds, nanoseconds, size, digest, content)
         try:
-            parse_entry(entry)
+            check_entry(entry)
         except Malformed as error:
             raise ValueError(f"{name!r} cannot be stored: {error}") from error
         self._nodes.add(_DirectoryItem(pack(entry), name, 1, blake3(name).digest()))

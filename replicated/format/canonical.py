@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from array import array
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -70,6 +71,29 @@ def unpack(data: bytes) -> Any:
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         raise Malformed(f"not MessagePack: {error}") from error
     return value
+
+
+def find_items(data: bytes) -> array[int]:
+    """Where each item of an array begins, and where the last one ends, in bytes that `unpack` takes.
+
+    The array is the last member of another one.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=len(data))
+    unpacker.feed(data)
+    for _ in range(unpacker.read_array_header() - 1):
+        unpacker.skip()
+    starts = array("I")
+    for _ in range(unpacker.read_array_header()):
+        starts.append(unpacker.tell())
+        unpacker.skip()
+    starts.append(unpacker.tell())
+    return starts
+
+
+def unpack_items(count: int, data: bytes) -> tuple[Any, ...]:
+    """So many values that stand one after the other, in bytes that were checked before."""
+    items: tuple[Any, ...] = msgpack.unpackb(pack_array_header(count) + data, use_list=False)
+    return items
 
 
 # JSON

@@ -7,17 +7,19 @@ docs/format.md, section "Trees", is the normative text.
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Final, NamedTuple
 
 from blake3 import blake3
 
 from replicate.records import FileType
 from replicated.chunk.codec import HASH_BYTES, MAX_CHUNK_BYTES
-from replicated.chunk.tensor import MAX_REGIONS
-from replicated.format.canonical import Malformed, pack, unpack
+from replicated.chunk.containers.source import MAX_REGIONS
+from replicated.format.canonical import Malformed, find_items, pack, unpack, unpack_items
 from replicated.format.segments import MAX_LEVEL
 
 DIRECTORY_NODE: Final = 1
@@ -46,8 +48,7 @@ NANOSECONDS: Final = 10**9
 _MAX_INT64 = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class FileContent:
+class FileContent(NamedTuple):
     """Where the bytes of one regular file are: what `SnapshotWriter.add_file` gives.
 
     Exactly one form applies. `size` 0: nothing else. One chunk: nothing else, its id is `hash`. Few
@@ -188,13 +189,75 @@ class ChildNode(NamedTuple):
     entry_count: int
 
 
-@dataclass(frozen=True, slots=True)
 class DirectoryNode:
-    """A parsed node of a directory: entries on level 0, children above."""
+    """A node of a directory, checked: entries on level 0, children above; both are its items.
 
-    level: int
-    entries: tuple[Entry, ...] = ()
-    children: tuple[ChildNode, ...] = ()
+    It keeps the bytes that it was parsed from and takes out of them what it is asked for: parsed, all of
+    it would take four times the memory, and most is asked for once.
+    """
+
+    __slots__ = ("_data", "_starts", "_totals", "level")
+
+    def __init__(self, level: int, data: bytes, starts: array[int], totals: array[int]) -> None:
+        self.level = level
+        self._data = data
+        #: Where each item begins, and where the last one ends.
+        self._starts = starts
+        #: Of a node above others, how many entries there are below it and before each child, and in all.
+        self._totals = totals
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @property
+    def size_bytes(self) -> int:
+        """About what it takes of the memory."""
+        return len(self._data) + 4 * len(self._starts) + 8 * len(self._totals)
+
+    @property
+    def entry_count(self) -> int:
+        """Entries in it, or below it."""
+        return self._totals[-1] if self.level else len(self)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All its entries; none above level 0."""
+        return () if self.level else self.slice_entries(0, len(self))
+
+    @property
+    def children(self) -> tuple[ChildNode, ...]:
+        """All its children; none on level 0."""
+        return self.slice_children(0, len(self)) if self.level else ()
+
+    def slice_entries(self, start: int, stop: int) -> tuple[Entry, ...]:
+        """Some of the entries, on level 0."""
+        return tuple(map(Entry._make, self._unpack(start, stop)))
+
+    def slice_children(self, start: int, stop: int) -> tuple[ChildNode, ...]:
+        """Some of the children, above level 0."""
+        return tuple(map(ChildNode._make, self._unpack(start, stop)))
+
+    def name_at(self, position: int) -> bytes:
+        """The name of an entry, or that of the last entry below a child."""
+        (item,) = self._unpack(position, position + 1)
+        name: bytes = item[0]
+        return name
+
+    def position_of(self, name: bytes) -> int:
+        """The first item whose `name_at` is not before this name; the number of items when there is none."""
+        return bisect_left(range(len(self)), name, key=self.name_at)
+
+    def entries_before(self, position: int) -> int:
+        """How many entries are below the children before one."""
+        return self._totals[position]
+
+    def child_with(self, slot: int) -> int:
+        """The position of the child below which the entry of that number is."""
+        return bisect_right(self._totals, slot) - 1
+
+    def _unpack(self, start: int, stop: int) -> tuple[Any, ...]:
+        starts = self._starts
+        return unpack_items(stop - start, self._data[starts[start] : starts[stop]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,17 +286,23 @@ def parse_directory(data: bytes) -> DirectoryNode:
     (items,) = members
     if type(items) is not tuple:
         raise Malformed("the items of a directory are not an array")
+    starts = find_items(data)
     if level == 0:
-        entries = tuple(map(parse_entry, items))
-        if not all(left.name < right.name for left, right in pairwise(entries)):
+        for item in items:
+            if not _is_small_file(item):
+                check_entry(item)
+        if not all(left[0] < right[0] for left, right in pairwise(items)):
             raise Malformed("the entries of a directory are not sorted and unique")
-        return DirectoryNode(0, entries)
+        return DirectoryNode(0, data, starts, array("Q"))
     children = tuple(map(_parse_child, items))
     if not children:
         raise Malformed("a directory's node above others is empty")
     if not all(left.last_name < right.last_name for left, right in pairwise(children)):
         raise Malformed("the nodes of a directory are not sorted and unique")
-    return DirectoryNode(level, children=children)
+    totals = list(accumulate((child.entry_count for child in children), initial=0))
+    if totals[-1] > _MAX_INT64:
+        raise Malformed("a directory of an impossible length")
+    return DirectoryNode(level, data, starts, array("Q", totals))
 
 
 def parse_chunk_list(data: bytes) -> ChunkList:
@@ -292,8 +361,31 @@ def check_name(name: object) -> None:
         raise Malformed(f"a name that no file can have: {name!r}")
 
 
-def parse_entry(raw: object) -> Entry:
-    """One entry of a directory, from its unpacked array; raises `Malformed`."""
+def _is_small_file(raw: object) -> bool:
+    """Whether this is certainly an entry for a file of one chunk: most are, and this costs little."""
+    if type(raw) is not tuple or len(raw) != len(Entry._fields):
+        return False
+    name, kind, mode, seconds, nanoseconds, size, digest, content = raw
+    return (
+        type(name) is bytes
+        and 0 < len(name) <= MAX_NAME_BYTES
+        and b"/" not in name
+        and b"\0" not in name
+        and name not in (b".", b"..")
+        and type(kind) is type(mode) is type(seconds) is type(nanoseconds) is type(size) is int
+        and kind == FILE
+        and 0 <= mode <= MAX_MODE
+        and -_MAX_INT64 <= seconds <= _MAX_INT64
+        and 0 <= nanoseconds < NANOSECONDS
+        and 0 < size <= MAX_CHUNK_BYTES
+        and type(digest) is bytes
+        and len(digest) == HASH_BYTES
+        and content == ()
+    )
+
+
+def check_entry(raw: object) -> None:
+    """Raise `Malformed` unless this is the unpacked array of an entry of a directory."""
     if type(raw) is not tuple or len(raw) != len(Entry._fields):
         raise Malformed("not an entry of a directory")
     name, kind, mode, seconds, nanoseconds, size, digest, content = raw
@@ -308,13 +400,13 @@ def parse_entry(raw: object) -> Entry:
         raise Malformed("an entry of an unknown type")
     if kind == FILE:
         FileContent.from_entry(size, digest, content)
-        return Entry._make(raw)
+        return
     if type(size) is not int or type(digest) is not bytes or len(digest) != HASH_BYTES:
         raise Malformed("an entry without size and hash")
     if kind == DIRECTORY:
         if size != 0 or content != ():
             raise Malformed("a directory with a size")
-        return Entry._make(raw)
+        return
     if type(content) is not tuple or len(content) != 1:
         raise Malformed("a link without a target")
     (target,) = content
@@ -322,7 +414,6 @@ def parse_entry(raw: object) -> Entry:
         raise Malformed("a link's target is impossible")
     if size != len(target) or digest != blake3(target).digest():
         raise Malformed("a link's size or hash does not fit its target")
-    return Entry._make(raw)
 
 
 def _parse_child(raw: object) -> ChildNode:

@@ -1,154 +1,208 @@
-"""The program that serves one mount: `replicated mount-process`, started by `table` or in a foreground.
+"""The program that serves one mount: `replicated mount-process`, started by `launching`.
 
 It opens the repository itself and is independent of the daemon from then on: the daemon may end and
 come back. It registers before it mounts, writes `ready` to standard output once the mount can be used,
-and takes itself out of the register when it was unmounted or got SIGTERM.
+and takes itself out of the register when it was unmounted or told to end. Invariant: a file in the register
+without a process means a mount that nobody ended.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import logging
 import os
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from replicate.errors import ReplicateError
 from replicate.ids import SnapshotId, short
-from replicated.catalog import Catalog
-from replicated.heap import keep_memory
-from replicated.mount.filesystem import Filesystem, Usage
-from replicated.mount.mountinfo import find_mounted
-from replicated.mount.registry import (
-    MountInfo,
+from replicated.heap import collect_rarely, keep_memory
+from replicated.mount.building import MountedFiles
+from replicated.mount.engine.choosing import choose
+from replicated.mount.life.mountinfo import raise_read_ahead
+from replicated.mount.life.registry import (
     Registration,
+    decode_registration,
+    encode,
     remove_registration,
+    write_progress,
     write_registration,
 )
-from replicated.mount.repository_view import RepositoryView
+from replicated.mount.options import EngineReport
 from replicated.processes import identify
-from replicated.repository import Repository
-from replicated.tree import open_tree
+
+if TYPE_CHECKING:
+    from replicated.mount.reading.prefetching import Prefetcher
 
 _LOG = logging.getLogger(__name__)
 
 READY = b"ready\n"
-#: The kernel reads ahead 128 KiB unless told otherwise, which makes eight requests of each one.
-_READ_AHEAD_KB = 1024
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PROGRESS_INTERVAL_S = 0.2
+#: How long closing may take once the mount is gone. It writes down a little, and may wait for the store.
+_CLOSE_S: Final = 5.0
 #: A reader that tries again and again in a damaged file must not fill the disk with complaints.
 _MAX_LOG_RECORDS = 1000
 _MAX_LOG_BYTES = 1 << 20
 
 
-def main(argv: Sequence[str]) -> int:
-    """Serve one mount until it ends; the exit status. Reasons for a failure go to standard error."""
-    options = _parse(argv)
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The one argument of the program."""
+
+    #: Directory of the register.
+    register: str
+    #: Directory of the user's caches.
+    cache: str
+    #: Where messages go once it is mounted.
+    log: str
+    registration: Registration
+
+    def encode(self) -> str:
+        """As text, for a command line."""
+        return json.dumps({**asdict(self), "registration": encode(self.registration)})
+
+    @classmethod
+    def decode(cls, text: str) -> Start:
+        """What `encode` made."""
+        fields = json.loads(text)
+        return cls(**{**fields, "registration": decode_registration(fields["registration"])})
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """Serve one mount until it ends, and end the process. Reasons for a failure go to standard error."""
+    (argument,) = argv
     keep_memory()
+    collect_rarely()
     _start_logging()
+    # A lease that is broken tells with this signal, which would end us.
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
     try:
-        _serve(options)
-    except ReplicateError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    return 0
+        status = _Mount(Start.decode(argument)).serve()
+    except BaseException as error:
+        status = _explain(error)
+    _end(status)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="replicated mount-process", description=__doc__)
-    parser.add_argument("--repository", required=True, help="URL, absolute")
-    parser.add_argument("--cache", required=True, type=Path, help="directory of the user's caches")
-    parser.add_argument("--register", required=True, type=Path, help="directory of the register")
-    parser.add_argument("--name", required=True, help="name in the register")
-    parser.add_argument("--experiment", default="", metavar="ID")
-    parser.add_argument("--checkpoint", default="", metavar="ID")
-    parser.add_argument(
-        "--snapshot", action="append", metavar="ID", help="repeatable; none: the whole repository"
-    )
-    parser.add_argument("--directory", required=True, help="mount point: absolute, without links")
-    parser.add_argument("--made-directory", action="store_true", help="remove the mount point after")
-    parser.add_argument("--log", type=Path, help="where messages go once it is mounted")
-    return parser.parse_args(argv)
+def _explain(error: BaseException) -> int:
+    """Say why this process fails; its exit status."""
+    if not isinstance(error, ReplicateError):
+        traceback.print_exception(error)
+        return 1
+    print(error.message, file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_status
 
 
-def _serve(options: argparse.Namespace) -> None:
-    # Imported here, because the import fails where there is no libfuse, and a person shall read why.
-    from replicated.mount import fusepy_engine
+def _end(status: int) -> NoReturn:
+    """End this process, whatever its threads wait for: interpreters wait for those of executors."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
-    process = identify(os.getpid())
-    assert process is not None, "this process runs"
-    directory = os.fsencode(options.directory)
-    shown_id = options.checkpoint or options.experiment
-    repository = Repository.open(options.repository, cache=options.cache, create=False)
-    try:
-        registration = Registration(
-            name=options.name,
-            info=MountInfo(
-                id=shown_id,
-                experiment_id=options.experiment,
-                repository=options.repository,
-                directory=options.directory,
-                pid=process.pid,
-            ),
-            process=process,
-            made_directory=options.made_directory,
-        )
-        filesystem = _open_filesystem(repository, options)
-        write_registration(options.register, registration)
+
+def _end_late(status: int) -> None:
+    time.sleep(_CLOSE_S)
+    _LOG.warning("closing took longer than %g s: the store does not answer", _CLOSE_S)
+    _end(status)
+
+
+class _Mount:
+    """One mount, and what the register says of it."""
+
+    def __init__(self, start: Start) -> None:
+        process = identify(os.getpid())
+        assert process is not None, "this process runs"
+        self._start = start
+        self._order = start.registration.order
+        self._register = Path(start.register)
+        self._registration = replace(start.registration, process=process)
+
+    def serve(self) -> int:
+        """Mount, and serve until that is to end; the exit status. Raises what opening the repository does."""
+        # First of all: what is registered is not collected.
+        write_registration(self._register, self._registration)
+        order = self._order
+        with MountedFiles(
+            order.repository,
+            [SnapshotId(identifier) for identifier in order.snapshot_ids],
+            cache=Path(self._start.cache),
+            directory=order.target,
+            options=order.options,
+        ) as files:
+            status = self._serve(files)
+            # What hangs in the store must not keep this process: a mount that failed is made anew only then.
+            threading.Thread(target=_end_late, args=(status,), name="end", daemon=True).start()
+        return status
+
+    def _serve(self, files: MountedFiles) -> int:
+        """The same with everything opened; failures are told, and become the status."""
+        order = self._order
         try:
-            fusepy_engine.serve(
-                filesystem,
-                directory,
-                source_name=f"replicate:{short(shown_id or repository.id)}",
-                on_mounted=lambda: _announce(directory, options.log),
+            choose(order.options).serve(
+                files.filesystem,
+                order.target,
+                source_name=f"replicate:{short(order.shown_id or files.repository.id)}",
+                options=order.options,
+                on_mounted=partial(self._announce, files),
             )
+        except BaseException as error:
+            return _explain(error)
         finally:
-            if options.made_directory:
-                with suppress(OSError):
-                    os.rmdir(directory)
-            remove_registration(options.register, options.name)
-    finally:
-        repository.close()
+            # At the end of a session several come, and the rest is to be done all the same.
+            for number in _END_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+        # Only now: of whoever dies or fails the register tells the daemon.
+        if order.made_directory:
+            with suppress(OSError):
+                os.rmdir(order.target)
+        remove_registration(self._register, order.name)
+        return 0
 
+    def _announce(self, files: MountedFiles, report: EngineReport) -> None:
+        """Tell who started us that the mount can be used, and let go of that one's files."""
+        try:
+            if report.engine != "native":  # which does it by itself
+                raise_read_ahead(self._order.target)
+            write_registration(self._register, replace(self._registration, report=report))
+            if files.prefetcher is not None:
+                write_progress(self._register, self._order.name, files.prefetcher.progress)
+            _redirect(2, Path(self._start.log))
+            try:
+                os.write(1, READY)
+            except BrokenPipeError:
+                if self._registration.report is None:
+                    raise
+                # Mounted again for users who had it before: they need no daemon.
+            _redirect(1, Path(os.devnull))
+        except OSError:
+            _LOG.exception("mounted, but not usable")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        files.begin(report)
+        if files.prefetcher is not None:
+            self._tell_progress(files.prefetcher)
 
-def _open_filesystem(repository: Repository, options: argparse.Namespace) -> Filesystem:
-    if not options.snapshot:
-        # Not the daemon's: a catalog has one process that brings it up to date.
-        view = RepositoryView(repository, Catalog(repository, options.cache / "mount-catalogs"))
-        return Filesystem(view, changing=view.can_change)
-    snapshot_ids = [SnapshotId(identifier) for identifier in options.snapshot]
-    roots = [repository.load_snapshot(snapshot_id).root for snapshot_id in snapshot_ids]
-    # What one snapshot lays over another is counted twice: good enough for `df`.
-    usage = Usage(
-        size_bytes=sum(root.size_bytes for root in roots),
-        entries=1 + sum(root.files + root.directories + root.symlinks for root in roots),
-    )
-    return Filesystem(open_tree(repository, *snapshot_ids), usage=usage)
-
-
-def _announce(directory: bytes, log: Path | None) -> None:
-    """Tell who started us that the mount can be used, and let go of that one's files."""
-    try:
-        # Returns when the kernel has our answer to its greeting, and we have answered this.
-        os.statvfs(directory)
-        _raise_read_ahead(directory)
-        if log is not None:
-            _redirect(2, log)
-        os.write(1, READY)
-        _redirect(1, Path(os.devnull))
-    except OSError:
-        _LOG.exception("mounted, but not usable")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _raise_read_ahead(directory: bytes) -> None:
-    """Let the kernel read ahead as much as fits into one request; only root may."""
-    mounted = find_mounted(directory)
-    if mounted is not None:
-        with suppress(OSError):
-            Path(f"/sys/class/bdi/{mounted.device}/read_ahead_kb").write_text(f"{_READ_AHEAD_KB}\n")
+    def _tell_progress(self, prefetcher: Prefetcher) -> None:
+        """Write down how far reading in advance is, until it has ended."""
+        while True:
+            progress = prefetcher.progress
+            write_progress(self._register, self._order.name, progress)
+            if progress.is_finished:
+                return
+            time.sleep(_PROGRESS_INTERVAL_S)
 
 
 def _redirect(descriptor: int, file: Path) -> None:

@@ -25,7 +25,7 @@ from blake3 import blake3
 
 from replicate.config import RUNG_VARIABLE
 from replicate.errors import CaptureFailed, PathMissing
-from replicated.snapshot import file_systems
+from replicated import file_systems
 from replicated.snapshot.additions import Additions
 from replicated.snapshot.entries import Header, SameTree, pack_header, pack_same_tree
 from replicated.snapshot.freeze import Freezer

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from replicate.errors import CaptureFailed
-from replicated.snapshot import duplicate, file_systems, leases
+from replicated import file_systems
+from replicated.snapshot import duplicate, leases
 from replicated.snapshot.entries import held_name
 from replicated.snapshot.held_copies import HeldCopies, Owner
 from replicated.snapshot.held_queues import Delayed, SmallestFirst

@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from replicated.snapshot import file_systems
+from replicated import file_systems
 
 #: Of `st_blocks`, whatever the file system has.
 _BLOCK_BYTES = 512

@@ -22,7 +22,8 @@ from replicated.contents import FindBases, PendingContent
 from replicated.format.canonical import Malformed
 from replicated.format.manifest import EMPTY_HASH, MAX_DEPTH, FileContent, RootNode
 from replicated.format.metadata import Snapshot
-from replicated.repository import Repository, SnapshotWriter
+from replicated.references import iter_chunks
+from replicated.repository import Repository
 from replicated.snapshot.entries import (
     KNOWN,
     LINK,
@@ -40,6 +41,7 @@ from replicated.snapshot.frozen import FrozenFiles, open_unchanged
 from replicated.snapshot.keyframes import Keyframes
 from replicated.snapshot.remembered import Remembered
 from replicated.snapshot.treecache import CachedDirectory, CachedTree, TreeCache
+from replicated.writer import SnapshotWriter
 
 #: Later than any listing: rows that come from the cache were judged when they went there.
 _NEVER_RACY_NS: Final = 1 << 80
@@ -355,7 +357,7 @@ class _Trees:
 
     def _is_whole(self, snapshot: Snapshot) -> bool:
         try:
-            for _ in self._repository.iter_chunks(snapshot):
+            for _ in iter_chunks(self._repository, snapshot):
                 pass
         except RepositoryDamaged:
             return False

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from replicate.errors import CaptureFailed
 from replicate.ids import short
+from replicated import file_systems
 from replicated.journal import Job, Journal
 from replicated.processes import current_boot_id
-from replicated.snapshot import duplicate, file_systems
+from replicated.snapshot import duplicate
 from replicated.snapshot.entries import (
     HELD,
     PACKED,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import NamedTuple
 
-from replicated.snapshot import file_systems
+from replicated import file_systems
 from replicated.snapshot.entries import (
     PACKED,
     SPOOLED,

@@ -22,8 +22,8 @@ from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Final
 
+from replicated.file_systems import tells_changes
 from replicated.snapshot import inotify
-from replicated.snapshot.file_systems import tells_changes
 from replicated.snapshot.inotify import Inotify
 from replicated.snapshot.mount_points import MountPoints
 

@@ -37,6 +37,8 @@ class Capabilities:
 
     #: The directory below which an object's key is its path, or None where objects are not local files.
     local_root: Path | None = None
+    #: Whether reading asks no other machine, so that what was read need not be kept on this one's disk.
+    is_near: bool = False
 
 
 @dataclass(frozen=True, slots=True)

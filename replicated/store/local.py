@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from replicate.errors import RepositoryDamaged, RepositoryFull, RepositoryUnreachable
+from replicated.file_systems import is_near
 from replicated.store.base import (
     Buffer,
     Capabilities,
@@ -45,6 +45,8 @@ DIRECT_ALIGNMENT: Final = 4096
 # What open files say that cannot be written in this way, or not from this memory.
 _NOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Paths that are remembered; there are more keys than that, but few are in use at a time.
+_KNOWN_PATHS = 256
 # What link(2) says on file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -54,9 +56,12 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self._root = os.path.abspath(root)
+        self._capabilities = Capabilities(local_root=Path(self._root), is_near=_is_near(self._root))
         # Directories known to be durable: they and all above them were fsynced by this store.
         self._durable: set[str] = {self._root}
         self._durable_lock = threading.Lock()
+        # Of keys that were checked: packs are asked for again and again.
+        self._paths: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -65,8 +70,8 @@ class LocalStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Objects are local files."""
-        return Capabilities(local_root=Path(self._root))
+        """Objects are local files, which may still be on a network file system."""
+        return self._capabilities
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """See `Store.put`."""
@@ -107,17 +112,19 @@ class LocalStore:
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         """See `Store.get`."""
         path = self._path(key)
-        with self._explained("read", path):
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except (FileNotFoundError, NotADirectoryError):
-                raise KeyMissing(key) from None
+        # Without `_explained`, which takes as long as reading a small file.
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 if length is None:
                     length = max(0, os.fstat(descriptor).st_size - offset)
                 return _read_range(descriptor, offset, length)
             finally:
                 os.close(descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            raise KeyMissing(key) from None
+        except OSError as error:
+            raise self._explain(error, "read", path) from error
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `Store.list`. Files that cannot be objects, by name or kind, are passed over."""
@@ -171,14 +178,20 @@ class LocalStore:
                     os.unlink(entry.path)
 
     def _path(self, key: str) -> str:
-        if check_key(key) == TEMPORARY_DIRECTORY or key.startswith(TEMPORARY_DIRECTORY + "/"):
-            raise ValueError(f"the key is reserved for unfinished objects: {key!r}")
-        return os.path.join(self._root, key)
+        path = self._paths.get(key)
+        if path is None:
+            if check_key(key) == TEMPORARY_DIRECTORY or key.startswith(TEMPORARY_DIRECTORY + "/"):
+                raise ValueError(f"the key is reserved for unfinished objects: {key!r}")
+            path = os.path.join(self._root, key)
+            if len(self._paths) >= _KNOWN_PATHS:
+                self._paths.clear()
+            self._paths[key] = path
+        return path
 
     def _write_temporary(self, views: Sequence[memoryview], *, sync: bool) -> str:
         """The path of a new complete file holding `views`; with `sync`, on the disk."""
         directory = os.path.join(self._root, TEMPORARY_DIRECTORY)
-        path = os.path.join(directory, secrets.token_hex(16))
+        path = os.path.join(directory, os.urandom(16).hex())
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             descriptor = os.open(path, flags, OBJECT_MODE)
@@ -239,14 +252,18 @@ class LocalStore:
         try:
             yield
         except OSError as error:
-            message = f"cannot {action} {path}: {error.strerror or error}"
-            if error.errno in _NO_SPACE:
-                raise RepositoryFull(
-                    message, hint="free some space there; what is pending is kept", fields={"path": path}
-                ) from error
-            raise RepositoryUnreachable(
-                message, hint="check that the disk is mounted and that you may use it", fields={"path": path}
-            ) from error
+            raise self._explain(error, action, path) from error
+
+    @staticmethod
+    def _explain(error: OSError, action: str, path: str) -> RepositoryFull | RepositoryUnreachable:
+        message = f"cannot {action} {path}: {error.strerror or error}"
+        if error.errno in _NO_SPACE:
+            return RepositoryFull(
+                message, hint="free some space there; what is pending is kept", fields={"path": path}
+            )
+        return RepositoryUnreachable(
+            message, hint="check that the disk is mounted and that you may use it", fields={"path": path}
+        )
 
 
 def _write_directly(descriptor: int, views: Sequence[memoryview]) -> Sequence[memoryview]:
@@ -316,6 +333,18 @@ def _move_to_new(temporary: str, path: str) -> bool:
             return False
         os.rename(temporary, path)
     return True
+
+
+def _is_near(directory: str) -> bool:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        # Whatever is wrong shows when something is read; what is kept costs little.
+        return False
+    try:
+        return is_near(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _scan(directory: str) -> list[os.DirEntry[str]]:

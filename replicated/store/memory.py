@@ -24,8 +24,8 @@ class MemoryStore:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Nothing special."""
-        return Capabilities()
+        """Nothing is nearer."""
+        return Capabilities(is_near=True)
 
     def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """See `Store.put`."""

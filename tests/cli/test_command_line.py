@@ -45,7 +45,9 @@ def run(environment, capsys):
 def walk(command, path=("replicate",)):
     yield path, command
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
             yield from walk(child, (*path, name))
 
 

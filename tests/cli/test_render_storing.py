@@ -32,6 +32,7 @@ def idle(now):
         failures=(),
         waiting_because="",
         mounts=0,
+        failed_mounts=0,
         leased_files=0,
         leased_bytes=0,
     )

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 
 import pytest
 
-from replicate import query
-
 
 def test_ls_shows_what_differs(project):
     lines = project.replicate("ls").splitlines()
@@ -200,83 +198,6 @@ def test_checkout_json(project, tmp_path):
     assert data["checkpoint"] is None and data["directory"] == str(tmp_path / "out")
 
 
-def test_mount_list_and_unmount(project, tmp_path):
-    directory = tmp_path / "m"
-    directory.mkdir()
-    mounted = project.json("mount", "latest", directory)
-    assert mounted["directory"] == str(directory) and mounted["pid"] > 0
-    assert (directory / "model.pt").read_bytes() == b"\0\x02" * 50_000
-    assert project.json("mounts") == [mounted]
-    assert mounted["id"][:7] in project.replicate("mounts")
-    result = project.run("umount", "m", cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, f"Unmounted {directory}\n")
-    assert not os.path.ismount(directory)
-    assert project.json("mounts") == []
-    assert project.run("umount", directory).returncode == 1
-
-
-def test_unmount_by_id(project, tmp_path):
-    directory = tmp_path / "m"
-    directory.mkdir()
-    identifier = project.json("mount", "latest:step=0", directory)["id"]
-    project.replicate("umount", identifier[:8])
-    assert not os.path.ismount(directory)
-
-
-@pytest.mark.parametrize("reference", ["latest", "latest:step=0"])
-def test_unmount_by_what_was_given_to_mount(project, tmp_path, reference):
-    directory = tmp_path / "m"
-    directory.mkdir()
-    project.replicate("mount", reference, directory)
-    assert project.run("umount", "latest:step=1").returncode == 1
-    project.replicate("umount", reference)
-    assert not os.path.ismount(directory)
-
-
-def test_the_command_that_ends_a_mount_can_be_pasted(project, tmp_path):
-    directory = tmp_path / "new directory"
-    said = project.run("mount", "latest", directory).stderr
-    assert said.endswith(f"(`replicate umount '{directory}'` ends it)\n")
-    project.replicate("umount", directory)
-
-
-@pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_mount_in_the_foreground_ends_with_a_signal(project, tmp_path, end, status):
-    directory = tmp_path / "m"
-    directory.mkdir()
-    with project.running("mount", "latest", directory, "--foreground", stderr=subprocess.PIPE) as process:
-        assert process.stderr.readline().endswith("(Ctrl-C ends it)\n")
-        assert os.path.ismount(directory)
-        process.send_signal(end)
-        assert process.wait(timeout=project.deadline_s) == status
-    assert not os.path.ismount(directory)
-
-
-@pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_mount_that_is_interrupted_while_it_is_made_is_not_left_behind(
-    project, tmp_path, monkeypatch, end, status
-):
-    def mount_and_interrupt(*arguments):
-        os.kill(os.getpid(), end)
-        return mount(*arguments)
-
-    mount = query.mount
-    monkeypatch.setattr(query, "mount", mount_and_interrupt)
-    result = project.run("mount", "latest", tmp_path / "m")
-    assert (result.returncode, result.stdout) == (status, "")
-    assert result.stderr == f"Unmounted {tmp_path}/m\n"
-    assert project.json("mounts") == []
-
-
-def test_a_mount_in_the_foreground_ends_when_it_is_unmounted_elsewhere(project, tmp_path):
-    directory = tmp_path / "m"
-    directory.mkdir()
-    with project.running("mount", "latest", directory, "--foreground", stderr=subprocess.PIPE) as process:
-        process.stderr.readline()
-        project.replicate("umount", directory)
-        assert process.wait(timeout=project.deadline_s) == 0
-
-
 def test_status_and_flush(project):
     status = project.json("status")
     assert status["queue"]["pending"] == status["queue"]["active"] == 0
@@ -334,7 +255,9 @@ def test_doctor_finds_everything_in_order_here(project):
     report = project.json("doctor")
     failed = [check for check in report["checks"] if check["outcome"] == "fail"]
     assert failed == [] and report["ok"] is True
-    assert {"Python", "Daemon", "FUSE device", "FUSE library"} <= {c["name"] for c in report["checks"]}
+    assert {"Python", "Daemon", "Mounting, native", "Mounting, mfusepy"} <= {
+        c["name"] for c in report["checks"]
+    }
 
 
 def test_doctor_says_what_is_wrong_with_the_project(project, tmp_path):

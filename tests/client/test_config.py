@@ -170,6 +170,26 @@ def test_what_is_unusual_can_be_said_and_switched_off(directory, text, size_byte
     assert find_project().warn_above == size_bytes
 
 
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("", 10 * 10**9),
+        ("cache_size: 512MiB\n", 512 << 20),
+        ("cache_size: off\n", 0),
+    ],
+)
+def test_what_mounts_may_keep_can_be_said_and_switched_off(directory, text, size_bytes):
+    write(directory, text)
+    assert find_project().cache_size == size_bytes
+
+
+def test_a_cache_of_no_size_is_refused_with_what_to_write_instead(directory):
+    write(directory, "cache_size: 0\n")
+    with pytest.raises(ConfigError) as caught:
+        find_project()
+    assert "`cache_size: off`" in str(caught.value)
+
+
 @pytest.mark.parametrize("written", ["0", "-1", "never", "[off]"])
 def test_who_wants_no_warning_of_sizes_is_told_how_to_switch_it_off(directory, written):
     write(directory, f"warn_above: {written}\n")

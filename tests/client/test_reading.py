@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import replicate
-from replicate import errors, query, snapshot
+from replicate import errors, mounts, query, snapshot
 
 BIG = os.urandom(3 << 20)
 
@@ -210,9 +210,28 @@ def test_checking_out_writes_the_files(checkpoint, tmp_path, capsys):
 def test_a_mount_lasts_for_its_block(checkpoint):
     with checkpoint.mount() as directory:
         assert (directory / "model.pt").read_bytes() == BIG
-        assert [mount.directory for mount in query.list_mounts()] == [str(directory)]
+        assert [mount.directory for mount in mounts.list_mounts()] == [str(directory)]
     assert not directory.exists()
-    assert query.list_mounts() == []
+    assert mounts.list_mounts() == []
+
+
+def test_what_a_block_raises_is_not_replaced(checkpoint, tmp_path, capsys):
+    opened = []
+    mount = checkpoint.mount(tmp_path / "mnt")
+    with pytest.raises(KeyError), mount as directory:
+        opened.append((directory / "model.pt").open("rb"))
+        raise KeyError("of the user")
+    assert "it stays mounted" in capsys.readouterr().err
+    opened[0].close()
+    mount.unmount()
+
+
+@pytest.mark.parametrize("directory", ["", "a\0b", "\ud800"])
+def test_a_name_that_no_directory_has_is_refused(checkpoint, directory):
+    with pytest.raises(ValueError, match="directory"):
+        checkpoint.mount(directory)
+    with pytest.raises(TypeError, match="prefetch"):
+        checkpoint.mount(prefetch=5)
 
 
 def test_a_mount_can_be_kept_and_ended(checkpoint, tmp_path):
@@ -234,7 +253,7 @@ def test_a_mount_in_use_says_so(checkpoint, tmp_path):
 
 def test_a_mount_that_somebody_else_ended_is_no_error(checkpoint, tmp_path):
     with checkpoint.mount(tmp_path / "mnt") as directory:
-        query.unmount(directory=directory)
+        mounts.unmount(directory=directory)
 
 
 def test_a_mount_in_a_place_of_its_own_ends_with_the_process(checkpoint, run_script):
@@ -245,7 +264,7 @@ print(replicate.experiments.get("{checkpoint.experiment_id}").mount().path)
     done = run_script(source)
     assert (done.status, done.errors) == (0, "")
     assert done.output.strip()
-    assert query.list_mounts() == []
+    assert mounts.list_mounts() == []
 
 
 def test_the_state_follows_the_storing(project):
@@ -267,3 +286,26 @@ def test_an_experiment_without_files_has_none(project):
     assert made.wait().state == "stored"
     with pytest.raises(errors.NotFound, match="no files were saved"):
         made.open("model.pt")
+
+
+def test_a_mount_in_a_place_of_its_own_ends_with_a_process_that_is_killed(checkpoint, run_script, wait_until):
+    done = run_script(
+        f"""
+import os, signal
+import replicate
+print(replicate.experiments.get("{checkpoint.experiment_id}").mount().path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    directory = Path(done.output.strip())
+    assert done.status == -9 and directory.name
+    wait_until(lambda: not directory.exists(), "unmounted and removed")
+    assert mounts.list_mounts() == []
+
+
+def test_a_mount_can_be_told_how(checkpoint, tmp_path):
+    with checkpoint.mount(tmp_path / "mnt", engine="mfusepy", prefetch="**"):
+        (info,) = mounts.list_mounts()
+        assert info.engine == "mfusepy" and info.prefetch is not None
+    with pytest.raises(errors.InvalidArgument, match="unknown engine: 'none'"):
+        checkpoint.mount(engine="none")

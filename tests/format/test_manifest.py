@@ -1,6 +1,5 @@
 """Nodes of trees: built, parsed, and refused when nobody could have built them."""
 
-import dataclasses
 import os
 import random
 from typing import Any
@@ -10,7 +9,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replicated.chunk.tensor import MAX_REGIONS
+from replicated.chunk.containers.source import MAX_REGIONS
 from replicated.format.builders import ContentBuilder, DirectoryBuilder
 from replicated.format.canonical import Malformed, pack
 from replicated.format.manifest import (
@@ -452,5 +451,5 @@ def test_damaged_cached_content_is_refused(data: bytes) -> None:
 
 def test_contents_differ_when_anything_differs() -> None:
     content = FileContent(9, HASH, HASH * 2, (4, 5))
-    assert dataclasses.replace(content) == content
-    assert dataclasses.replace(content, lengths=(5, 4)) != content
+    assert content._replace() == content
+    assert content._replace(lengths=(5, 4)) != content

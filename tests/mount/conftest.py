@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from contextlib import suppress
 
 import pytest
@@ -12,9 +13,11 @@ from replicate.home import Home
 from replicate.ids import new_id
 from replicated.format.manifest import TreeEntry
 from replicated.format.metadata import Snapshot
-from replicated.mount.mountinfo import read_mountinfo
-from replicated.mount.table import MountTable
+from replicated.mount.life.mountinfo import read_mountinfo
+from replicated.mount.life.table import MountTable
 from replicated.repository import Repository
+from replicated.store.base import Capabilities
+from replicated.store.local import LocalStore
 
 
 class Snapshots:
@@ -47,6 +50,61 @@ class Snapshots:
         self.repository.close()
 
 
+@pytest.fixture(scope="session")
+def make_snapshots():
+    return Snapshots
+
+
+class FarStore:
+    """A store as if behind a network: what is got from it is counted, and may be made to fail."""
+
+    def __init__(self, store):
+        self._store = store
+        self.capabilities = Capabilities()
+        self.gets = []
+        self.failure = None
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def get(self, key, offset=0, length=None):
+        self.gets.append((key, offset, length))
+        if self.failure is not None:
+            raise self.failure
+        return self._store.get(key, offset, length)
+
+
+@pytest.fixture
+def open_far(snapshots, home):
+    """Opens the repository of `snapshots` behind a network; gives it and its store."""
+    opened = []
+
+    def open_far(content=None):
+        store = FarStore(LocalStore(snapshots.directory))
+        repository = Repository.open_on(
+            store, cache=home.cache, create=False, content=content, memory_bytes=1 << 20
+        )
+        opened.append(repository)
+        return repository, store
+
+    yield open_far
+    for repository in opened:
+        repository.close()
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """Waits for a condition, with a deadline."""
+
+    def wait_until(condition, timeout_s=20.0):
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, "it has not come to pass in time"
+            time.sleep(0.002)
+
+    return wait_until
+
+
 @pytest.fixture
 def home(tmp_path):
     root = tmp_path / "home"
@@ -69,8 +127,9 @@ def table(home, tmp_path):
         table.unmount(everything=True)
     # Whatever a failed test left behind, and whatever state it is in.
     for info in table.list():
-        with suppress(ProcessLookupError):
-            os.kill(info.pid, signal.SIGKILL)
+        if info.pid:
+            with suppress(ProcessLookupError):
+                os.kill(info.pid, signal.SIGKILL)
     for mounted in read_mountinfo():
         if mounted.is_ours and mounted.directory.startswith(os.fsencode(tmp_path)):
             subprocess.run(["fusermount3", "-u", "-z", "--", mounted.directory], check=False)
@@ -81,10 +140,10 @@ def table(home, tmp_path):
 def mount(snapshots, table, tmp_path):
     """Store a tree, mount it, and give the directory and the tree."""
 
-    def mount(content, directory=None):
+    def mount(content, directory=None, **choices):
         identifier, tree = snapshots.add(content)
         directory = directory or tmp_path / "mnt"
-        info = table.mount(snapshots.url, identifier, "", [identifier], directory)
+        info = table.mount(snapshots.url, identifier, "", [identifier], directory, **choices)
         return info, directory, tree
 
     return mount

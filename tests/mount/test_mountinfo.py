@@ -5,7 +5,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicated.mount.mountinfo import find_holders, find_mounted, parse_line, read_mountinfo
+from replicated.mount.life.mountinfo import find_holders, find_mounted, parse_line, read_mountinfo
 
 LINE = (
     b"42 27 0:39 / /tmp/with\\040space\\012and\\134more ro,nosuid,nodev shared:1 master:2"

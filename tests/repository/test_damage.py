@@ -12,6 +12,7 @@ from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.chunk.codec import hash_chunk
 from replicated.format.metadata import EndEdit, Snapshot
 from replicated.packer import pack_key
+from replicated.references import iter_chunks
 from replicated.repository import Repository
 
 Save = Callable[[Repository, dict[str, bytes]], Snapshot]
@@ -57,7 +58,7 @@ class Reading:
             (lambda: repository.load_edit(EXPERIMENT.id, EDIT_ID), EDIT),
             (lambda: repository.load_snapshot(self._snapshot.id), self._snapshot),
             (lambda: self._load(repository, self._snapshot.id), FILES),
-            (lambda: {c.plain_length for c in repository.iter_chunks(self._snapshot)} > {1, 256}, True),
+            (lambda: {c.plain_length for c in iter_chunks(repository, self._snapshot)} > {1, 256}, True),
         ]
         for read, expected in parts:
             try:
@@ -147,7 +148,7 @@ def test_every_byte_of_the_stored_chunks_matters(
     """With the index already known, so that nothing but the chunks is read."""
     caplog.set_level(logging.CRITICAL)
     opened = Repository.open(repository.url, cache=tmp_path / "known", create=False)
-    places = opened.index.locate([chunk.id for chunk in opened.iter_chunks(snapshot)])
+    places = opened.index.locate([chunk.id for chunk in iter_chunks(opened, snapshot)])
     for chunk_id, place in places.items():
         key = f"packs/{place.pack.hex()[:2]}/{place.pack.hex()}"
         good = opened.store.get(key)

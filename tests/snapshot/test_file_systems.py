@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from replicated.snapshot import file_systems
+from replicated import file_systems
 
 
 @pytest.mark.parametrize("path", ["/proc/self/status", "/sys/kernel", "/dev/pts"])
@@ -14,6 +14,7 @@ def test_a_file_system_on_no_list_is_relied_on_for_nothing(path):
         assert not file_systems.honours_leases(descriptor)
         assert not file_systems.tells_changes(descriptor)
         assert not file_systems.may_share_blocks(descriptor, descriptor)
+        assert not file_systems.is_near(descriptor)
     finally:
         os.close(descriptor)
 
@@ -30,6 +31,7 @@ def test_files_in_memory_honour_leases_and_share_no_blocks():
     descriptor = os.memfd_create("file")
     try:
         assert file_systems.honours_leases(descriptor)
+        assert file_systems.is_near(descriptor)
         assert not file_systems.may_share_blocks(descriptor, descriptor)
     finally:
         os.close(descriptor)

@@ -1,7 +1,5 @@
 """A gathered content goes through the tree cache and back, and is known only with its layout."""
 
-import dataclasses
-
 import pytest
 from blake3 import blake3
 
@@ -28,5 +26,5 @@ def test_what_is_remembered_of_a_gathered_file_is_its_content(content: FileConte
     row = Row(b"model.pt", 0o100644, 1, content.size, 0, 0)
     assert _known_content(row, source) == content
     assert source == _source_of(content), "sources are compared with those of the cache"
-    other = dataclasses.replace(content, layout=HASH)
+    other = content._replace(layout=HASH)
     assert _source_of(other) != source

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from replicate.errors import CaptureFailed
-from replicated.snapshot.file_systems import honours_leases, may_share_blocks, tells_changes
+from replicated.file_systems import honours_leases, may_share_blocks, tells_changes
 from replicated.snapshot.held import HeldFiles
 
 DEADLINE_S = 60

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from replicate.errors import CaptureFailed
-from replicated.snapshot import duplicate, file_systems
+from replicated import file_systems
+from replicated.snapshot import duplicate
 from replicated.snapshot.entries import HELD, SPOOLED, Row
 from replicated.snapshot.frozen import FrozenFiles, open_unchanged
 from replicated.snapshot.holes import DataMap, data_bytes

@@ -213,3 +213,16 @@ def test_buckets_are_refused_with_the_reason(url: str) -> None:
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="not a repository URL"):
         open_store(url, create=True)
+
+
+def test_directory_on_a_local_disk_is_near(tmp_path: Path) -> None:
+    assert LocalStore(tmp_path).capabilities.is_near
+
+
+@pytest.mark.parametrize("path", ["/proc", "/sys/kernel"])
+def test_directory_on_a_file_system_that_nobody_knows_is_far(path: str) -> None:
+    assert not LocalStore(Path(path)).capabilities.is_near
+
+
+def test_directory_that_cannot_be_opened_is_far(tmp_path: Path) -> None:
+    assert not LocalStore(tmp_path / "missing").capabilities.is_near

@@ -8,8 +8,10 @@ from blake3 import blake3
 
 from replicate.errors import RepositoryDamaged
 from replicate.ids import SnapshotId, new_id
+from replicated import file_reader
 from replicated import reader as reader_module
 from replicated.chunk.codec import Plain, decode
+from replicated.file_reader import JOINED_BYTES
 from replicated.format.canonical import pack
 from replicated.format.manifest import (
     CHUNK_LIST_NODE,
@@ -216,3 +218,28 @@ def test_file_that_repeats_itself_without_end_is_read_where_asked(forge: Forge) 
     reader = tree.reader(tree.find(b"file"))
     assert reader.pread(size // 2 + 50, 200) == b"x" * 200
     assert reader.pread(size - 10, 100) == b"x" * 10
+
+
+def test_file_of_chunks_of_a_byte_is_given_in_few_parts(forge: Forge) -> None:
+    count = 20_000
+    tree = forge(b"x", *listed(count, node(CHUNK_LIST_NODE, 0, node_id(b"x") * count, [1] * count)))
+    reader = tree.reader(tree.find(b"file"))
+    parts = list(reader.iter_parts(0, count))
+    assert b"".join(parts) == b"x" * count
+    assert len(parts) <= 1 + count // JOINED_BYTES
+    assert reader.pread(100, 300) == b"x" * 300
+
+
+def test_lists_of_very_many_chunks_are_not_kept_in_memory(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_reader, "CACHED_ITEMS", 5000)
+    leaves = [node(CHUNK_LIST_NODE, 0, node_id(b"x") * count, [1] * count) for count in range(1000, 1020)]
+    size = sum(range(1000, 1020))
+    root = node(CHUNK_LIST_NODE, 1, b"".join(map(node_id, leaves)), list(range(1000, 1020)))
+    tree = forge(b"x", *listed(size, *leaves, root))
+    reader = tree.reader(tree.find(b"file"))
+    assert reader.pread(0, size) == b"x" * size
+    assert reader._lists is not None
+    kept = reader._lists._recent.values()
+    assert 0 < sum(len(extents.ends) for extents in kept) <= 5000

@@ -464,20 +464,22 @@ class FileChangeBatch(_message.Message):
     def __init__(self, changes: _Optional[_Iterable[_Union[FileChange, _Mapping]]] = ...) -> None: ...
 
 class CheckoutRequest(_message.Message):
-    __slots__ = ("target", "output_directory", "path", "force", "delete", "dry_run")
+    __slots__ = ("target", "output_directory", "path", "force", "delete", "dry_run", "cache_bytes")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     FORCE_FIELD_NUMBER: _ClassVar[int]
     DELETE_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     target: Target
     output_directory: bytes
     path: bytes
     force: bool
     delete: bool
     dry_run: bool
-    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., output_directory: _Optional[bytes] = ..., path: _Optional[bytes] = ..., force: bool = ..., delete: bool = ..., dry_run: bool = ...) -> None: ...
+    cache_bytes: int
+    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., output_directory: _Optional[bytes] = ..., path: _Optional[bytes] = ..., force: bool = ..., delete: bool = ..., dry_run: bool = ..., cache_bytes: _Optional[int] = ...) -> None: ...
 
 class CheckoutAction(_message.Message):
     __slots__ = ("verb", "path")
@@ -504,26 +506,96 @@ class CheckoutEvent(_message.Message):
     def __init__(self, resolution: _Optional[_Union[Resolution, _Mapping]] = ..., files_total: _Optional[int] = ..., bytes_total: _Optional[int] = ..., files_done: _Optional[int] = ..., bytes_done: _Optional[int] = ..., actions: _Optional[_Iterable[_Union[CheckoutAction, _Mapping]]] = ...) -> None: ...
 
 class MountRequest(_message.Message):
-    __slots__ = ("target", "directory")
+    __slots__ = ("target", "directory", "engine", "passthrough", "allow_other", "timeout_s", "cache_bytes", "prefetch", "persist", "owner")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    PASSTHROUGH_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_OTHER_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
+    PERSIST_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     target: Target
     directory: bytes
-    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., directory: _Optional[bytes] = ...) -> None: ...
+    engine: str
+    passthrough: str
+    allow_other: bool
+    timeout_s: float
+    cache_bytes: int
+    prefetch: str
+    persist: bool
+    owner: Process
+    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., directory: _Optional[bytes] = ..., engine: _Optional[str] = ..., passthrough: _Optional[str] = ..., allow_other: bool = ..., timeout_s: _Optional[float] = ..., cache_bytes: _Optional[int] = ..., prefetch: _Optional[str] = ..., persist: bool = ..., owner: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
+
+class PrefetchProgress(_message.Message):
+    __slots__ = ("files_done", "files_total", "bytes_done", "bytes_total", "is_finished", "error")
+    FILES_DONE_FIELD_NUMBER: _ClassVar[int]
+    FILES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    IS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    files_done: int
+    files_total: int
+    bytes_done: int
+    bytes_total: int
+    is_finished: bool
+    error: str
+    def __init__(self, files_done: _Optional[int] = ..., files_total: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., is_finished: bool = ..., error: _Optional[str] = ...) -> None: ...
 
 class MountInfo(_message.Message):
-    __slots__ = ("id", "directory", "pid", "experiment_id", "repository")
+    __slots__ = ("id", "directory", "pid", "experiment_id", "repository", "engine", "passthrough", "engine_reason", "persist", "restarts", "prefetch", "error", "is_given_up")
     ID_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    PASSTHROUGH_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_REASON_FIELD_NUMBER: _ClassVar[int]
+    PERSIST_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    IS_GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
     id: str
     directory: bytes
     pid: int
     experiment_id: str
     repository: str
-    def __init__(self, id: _Optional[str] = ..., directory: _Optional[bytes] = ..., pid: _Optional[int] = ..., experiment_id: _Optional[str] = ..., repository: _Optional[str] = ...) -> None: ...
+    engine: str
+    passthrough: bool
+    engine_reason: str
+    persist: bool
+    restarts: int
+    prefetch: PrefetchProgress
+    error: str
+    is_given_up: bool
+    def __init__(self, id: _Optional[str] = ..., directory: _Optional[bytes] = ..., pid: _Optional[int] = ..., experiment_id: _Optional[str] = ..., repository: _Optional[str] = ..., engine: _Optional[str] = ..., passthrough: bool = ..., engine_reason: _Optional[str] = ..., persist: bool = ..., restarts: _Optional[int] = ..., prefetch: _Optional[_Union[PrefetchProgress, _Mapping]] = ..., error: _Optional[str] = ..., is_given_up: bool = ...) -> None: ...
+
+class EngineState(_message.Message):
+    __slots__ = ("name", "is_usable", "detail", "hint")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IS_USABLE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    is_usable: bool
+    detail: str
+    hint: str
+    def __init__(self, name: _Optional[str] = ..., is_usable: bool = ..., detail: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
+
+class ProbeMountingRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ProbeMountingReply(_message.Message):
+    __slots__ = ("engines",)
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    engines: _containers.RepeatedCompositeFieldContainer[EngineState]
+    def __init__(self, engines: _Optional[_Iterable[_Union[EngineState, _Mapping]]] = ...) -> None: ...
 
 class ListMountsRequest(_message.Message):
     __slots__ = ()
@@ -564,7 +636,7 @@ class Failure(_message.Message):
     def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., paths: _Optional[_Iterable[bytes]] = ..., error: _Optional[str] = ..., at_ns: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts", "leased_files", "leased_bytes")
+    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts", "failed_mounts", "leased_files", "leased_bytes")
     DAEMON_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -578,6 +650,7 @@ class StatusReply(_message.Message):
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     WAITING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     MOUNTS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_MOUNTS_FIELD_NUMBER: _ClassVar[int]
     LEASED_FILES_FIELD_NUMBER: _ClassVar[int]
     LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
     daemon: HelloReply
@@ -593,9 +666,10 @@ class StatusReply(_message.Message):
     failures: _containers.RepeatedCompositeFieldContainer[Failure]
     waiting_because: str
     mounts: int
+    failed_mounts: int
     leased_files: int
     leased_bytes: int
-    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ..., leased_files: _Optional[int] = ..., leased_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ..., failed_mounts: _Optional[int] = ..., leased_files: _Optional[int] = ..., leased_bytes: _Optional[int] = ...) -> None: ...
 
 class WaitStoredRequest(_message.Message):
     __slots__ = ("ids", "timeout_s")

@@ -94,6 +94,11 @@ class DaemonStub(object):
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.UnmountRequest.SerializeToString,
                 response_deserializer=replicate_dot___pb_dot_daemon__pb2.MountList.FromString,
                 )
+        self.ProbeMounting = channel.unary_unary(
+                '/replicate.v1.Daemon/ProbeMounting',
+                request_serializer=replicate_dot___pb_dot_daemon__pb2.ProbeMountingRequest.SerializeToString,
+                response_deserializer=replicate_dot___pb_dot_daemon__pb2.ProbeMountingReply.FromString,
+                )
         self.GetStatus = channel.unary_unary(
                 '/replicate.v1.Daemon/GetStatus',
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.GetStatusRequest.SerializeToString,
@@ -225,6 +230,12 @@ class DaemonServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeMounting(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """What is captured but not stored yet, and what failed.
         """
@@ -339,6 +350,11 @@ def add_DaemonServicer_to_server(servicer, server):
                     servicer.Unmount,
                     request_deserializer=replicate_dot___pb_dot_daemon__pb2.UnmountRequest.FromString,
                     response_serializer=replicate_dot___pb_dot_daemon__pb2.MountList.SerializeToString,
+            ),
+            'ProbeMounting': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeMounting,
+                    request_deserializer=replicate_dot___pb_dot_daemon__pb2.ProbeMountingRequest.FromString,
+                    response_serializer=replicate_dot___pb_dot_daemon__pb2.ProbeMountingReply.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -644,6 +660,23 @@ class Daemon(object):
         return grpc.experimental.unary_unary(request, target, '/replicate.v1.Daemon/Unmount',
             replicate_dot___pb_dot_daemon__pb2.UnmountRequest.SerializeToString,
             replicate_dot___pb_dot_daemon__pb2.MountList.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ProbeMounting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/replicate.v1.Daemon/ProbeMounting',
+            replicate_dot___pb_dot_daemon__pb2.ProbeMountingRequest.SerializeToString,
+            replicate_dot___pb_dot_daemon__pb2.ProbeMountingReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -6,7 +6,6 @@ and do not change anything, except that the daemon is started. `doctor` prints t
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.metadata
 import os
 import platform
@@ -35,7 +34,6 @@ _REMOTE_FILE_SYSTEMS = frozenset(
 _VOLATILE_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 #: Distributions of other people that install modules of our names.
 _CLASHING_DISTRIBUTIONS = ("replicate", "replicated")
-_INSTALL_FUSE = "install it, for example `apt install fuse3`; all but mounting works without"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,8 @@ def diagnose(home: Home, find_project: Callable[[], ProjectConfig]) -> Iterator[
     yield from run_check("Run directory", lambda: check_run_directory(home))
     yield from run_check("Journal", lambda: check_journal_place(home))
     yield from run_check("Disk space", lambda: check_space("Disk space", home.state))
-    yield from run_check("FUSE", check_fuse)
     yield from run_check("Daemon", check_daemon)
+    yield from run_check("Mounting", check_mounting)
     try:
         project = find_project()
     except ReplicateError as error:
@@ -138,35 +136,6 @@ def check_space(name: str, directory: Path) -> list[Finding]:
     return [Finding(name, outcome, detail, "free some space, or set REPLICATE_HOME to another disk")]
 
 
-def check_fuse() -> list[Finding]:
-    """Whether this user can mount: the device, the helper program and the library."""
-    return [*_check_fuse_device(Path("/dev/fuse")), *_check_fusermount(), *_check_fuse_library()]
-
-
-def _check_fuse_device(device: Path) -> list[Finding]:
-    if not device.exists():
-        hint = "load the kernel module (`modprobe fuse`), or in a container pass `--device /dev/fuse`"
-        return [Finding("FUSE device", "fail", f"{device} is missing", hint)]
-    if not os.access(device, os.R_OK | os.W_OK):
-        hint = f"ask the administrator for access (`chmod 666 {device}`)"
-        return [Finding("FUSE device", "fail", f"{device} may not be opened by you", hint)]
-    return [Finding("FUSE device", "ok", str(device))]
-
-
-def _check_fusermount() -> list[Finding]:
-    program = shutil.which("fusermount3") or shutil.which("fusermount")
-    if program is None:
-        return [Finding("FUSE helper", "fail", "fusermount3 is not installed", _INSTALL_FUSE)]
-    return [Finding("FUSE helper", "ok", program)]
-
-
-def _check_fuse_library() -> list[Finding]:
-    library = ctypes.util.find_library("fuse3") or ctypes.util.find_library("fuse")
-    if library is None:
-        return [Finding("FUSE library", "fail", "libfuse3 is not installed", _INSTALL_FUSE)]
-    return [Finding("FUSE library", "ok", library)]
-
-
 def check_daemon() -> list[Finding]:
     """Whether the daemon answers (it is started if it does not run) and is of our version."""
     from replicate import connection
@@ -177,6 +146,28 @@ def check_daemon() -> list[Finding]:
         hint = "`replicate daemon stop`; the next command starts the right one"
         return [Finding("Daemon", "warn", f"{detail}, but this command is {__version__}", hint)]
     return [Finding("Daemon", "ok", detail)]
+
+
+def check_mounting() -> list[Finding]:
+    """Which engines the daemon can mount with; only the best of them is needed."""
+    from replicate import mounts
+
+    findings = []
+    is_served = False
+    engines = mounts.probe_mounting()
+    is_possible = any(engine.is_usable for engine in engines)
+    for engine in engines:
+        name = f"Mounting, {engine.name}"
+        if engine.is_usable:
+            detail = engine.detail if is_served else f"{engine.detail} (the one that is used)"
+            findings.append(Finding(name, "ok", detail, engine.hint))
+            is_served = True
+        elif is_served:
+            findings.append(Finding(name, "ok", f"not usable, and not needed: {engine.detail}"))
+        else:
+            outcome: Outcome = "warn" if is_possible else "fail"
+            findings.append(Finding(name, outcome, f"not usable: {engine.detail}", engine.hint))
+    return findings
 
 
 def check_repository(project: ProjectConfig) -> list[Finding]:

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -45,10 +45,12 @@ class Group(click.Group):
     """A group of commands that takes the global options as well.
 
     `aliases` maps other names that a command answers to, `other_words` what people may type who know a
-    command by another name: they are only told.
+    command by another name: they are only told. `modules` names, in the order of help, the module and the
+    function of commands that are imported only when they are asked for.
     """
 
     command_class = Command
+    modules: ClassVar[Mapping[str, tuple[str, str]]] = MappingProxyType({})
     aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     other_words: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
@@ -64,11 +66,15 @@ class Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names in the order in which they were added, which is that of a day's work."""
-        return list(self.commands)
+        return [*self.modules, *(name for name in self.commands if name not in self.modules)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name or alias."""
-        return super().get_command(ctx, self.aliases.get(cmd_name, cmd_name))
+        name = self.aliases.get(cmd_name, cmd_name)
+        if name in self.modules and name not in self.commands:
+            module, function = self.modules[name]
+            self.add_command(getattr(import_module(module), function), name)
+        return super().get_command(ctx, name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -76,7 +82,9 @@ class Group(click.Group):
         """The command that the arguments begin with; raises `NoSuchCommand`."""
         word = args[0]
         if self.get_command(ctx, word) is None and not word.startswith("-"):
-            near = difflib.get_close_matches(word, [*self.commands, *self.aliases], n=1)
+            import difflib  # here, because mistakes are rare
+
+            near = difflib.get_close_matches(word, [*self.list_commands(ctx), *self.aliases], n=1)
             raise NoSuchCommand(word, self.other_words.get(word, near[0] if near else ""), ctx)
         return super().resolve_command(ctx, args)
 

@@ -1,4 +1,8 @@
-"""The tree of commands. `main` runs it; `reference` documents it."""
+"""The tree of commands. `main` runs it; `reference` documents it.
+
+A command's module is imported when the command is asked for: all of them together take longer than most
+commands.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,31 @@ from typing import ClassVar
 
 import click
 
-from replicate.cli.commands.checking_out import checkout
-from replicate.cli.commands.completion import completion
-from replicate.cli.commands.daemon import daemon
-from replicate.cli.commands.diffing import diff
-from replicate.cli.commands.doctor import doctor
-from replicate.cli.commands.files import cat, files
-from replicate.cli.commands.listing import ls, ps
-from replicate.cli.commands.mounting import mount, mounts, umount
-from replicate.cli.commands.removing import rm
-from replicate.cli.commands.showing import show
-from replicate.cli.commands.storing import du, flush, status
 from replicate.cli.grammar import Group
+
+_PACKAGE = "replicate.cli.commands"
 
 
 class _Program(Group):
+    modules: ClassVar = {
+        "ls": (f"{_PACKAGE}.listing", "ls"),
+        "ps": (f"{_PACKAGE}.listing", "ps"),
+        "show": (f"{_PACKAGE}.showing", "show"),
+        "diff": (f"{_PACKAGE}.diffing", "diff"),
+        "files": (f"{_PACKAGE}.files", "files"),
+        "cat": (f"{_PACKAGE}.files", "cat"),
+        "checkout": (f"{_PACKAGE}.checking_out", "checkout"),
+        "mount": (f"{_PACKAGE}.mounting", "mount"),
+        "mounts": (f"{_PACKAGE}.mounting", "list_mounts"),
+        "umount": (f"{_PACKAGE}.mounting", "umount"),
+        "status": (f"{_PACKAGE}.storing", "status"),
+        "flush": (f"{_PACKAGE}.storing", "flush"),
+        "rm": (f"{_PACKAGE}.removing", "rm"),
+        "du": (f"{_PACKAGE}.storing", "du"),
+        "doctor": (f"{_PACKAGE}.doctor", "doctor"),
+        "daemon": (f"{_PACKAGE}.daemon", "daemon"),
+        "completion": (f"{_PACKAGE}.completion", "completion"),
+    }
     aliases: ClassVar = {"list": "ls", "processes": "ps", "delete": "rm", "unmount": "umount"}
     other_words: ClassVar = {
         "remove": "rm",
@@ -59,10 +73,3 @@ def program(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-for _command in (
-    *(ls, ps, show, diff, files, cat, checkout, mount, mounts, umount),
-    *(status, flush, rm, du, doctor, daemon, completion),
-):
-    program.add_command(_command)

@@ -14,6 +14,8 @@ from typing import Final, NamedTuple
 
 #: Shorter extents are not wanted: nobody has to look what they are.
 MIN_EXTENT_BYTES: Final = 4096
+#: Of a file, also when its layout is read; the layout then takes less than 2 MiB.
+MAX_REGIONS: Final = 1 << 16
 #: Four times the gaps of a file worth it, to which all that is looked at belongs.
 MAX_LOOKED_AT_BYTES: Final = 16 << 20
 #: Calls of `read_at`: one for each of the most regions that a layout has, and as many for what leads there.

@@ -76,6 +76,7 @@ def checkout(
             force=force,
             delete=delete,
             dry_run=dry_run,
+            cache_bytes=project.cache_size,
         )
         last: CheckoutEvent | None = None
         actions: list[CheckoutAction] = []

@@ -27,8 +27,8 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 def doctor(session: Session, as_json: bool) -> None:
     """Check this machine and say how to mend what is wrong.
 
-    Looks at the installation, FUSE, the daemon, disk space and the repository, in which it writes and
-    removes a small test file. Exits with 1 if something fails.
+    Looks at the installation, disk space, the daemon, the ways to mount and the repository, in which it
+    writes and removes a small test file. Exits with 1 if something fails.
 
     \b
     Examples:

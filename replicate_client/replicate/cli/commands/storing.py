@@ -31,7 +31,7 @@ _MAX_NAMED = 5
 def status(session: Session, as_json: bool) -> None:
     """Show the daemon, its queue and what failed.
 
-    Exits with 1 if anything failed to be stored.
+    Exits with 1 if anything failed to be stored, or a mount was given up.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def status(session: Session, as_json: bool) -> None:
         console.write_json(status_json(now))
     else:
         console.write(render_status(now, console.view))
-    if now.failures or now.failed:
+    if now.failures or now.failed or now.failed_mounts:
         raise Exit(1)
 
 

@@ -30,7 +30,7 @@ def render_status(status: DaemonStatus, view: View) -> str:
         ("Held up", view.paint(escape(status.waiting_because), "yellow")),
         ("Spool", format_size(status.spool_bytes)),
         ("Leased", _describe_leased(status)),
-        ("Mounts", str(status.mounts)),
+        ("Mounts", _describe_mounts(status, view)),
     ]
     text = render_fields(fields)
     if status.failures:
@@ -95,6 +95,7 @@ def status_json(status: DaemonStatus) -> dict[str, Json]:
         "spool_bytes": status.spool_bytes,
         "leased": {"files": status.leased_files, "bytes": status.leased_bytes},
         "mounts": status.mounts,
+        "failed_mounts": status.failed_mounts,
         "failures": [_failure_json(failure) for failure in status.failures],
     }
 
@@ -147,6 +148,13 @@ def _describe_active(status: DaemonStatus) -> str:
         return ""
     done, total = format_size(status.active_bytes_done), format_size(status.active_bytes_total)
     return f"{short(status.active_id)}, {done} of {total}"
+
+
+def _describe_mounts(status: DaemonStatus, view: View) -> str:
+    if not status.failed_mounts:
+        return str(status.mounts)
+    failed = view.paint(f"{status.failed_mounts} given up", "red")
+    return f"{status.mounts}, and {failed} (`replicate mounts` says why)"
 
 
 def _describe_leased(status: DaemonStatus) -> str:

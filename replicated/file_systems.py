@@ -1,6 +1,6 @@
-"""What the file system of a descriptor can be relied on for: leases, notification, holes, shared blocks.
+"""What the file system of a descriptor can be relied on for: leases, notification, holes, nearness.
 
-Asked by `leases`, `watch`, `held`, `holes`, `capture`, `recovery` and `walk`. Facts about kinds of file
+Asked by `snapshot`, `store.local` and `mount`. Facts about kinds of file
 systems and nothing else: what is not on a list here is not relied on, because a network file system grants
 a lease or a watch and then changes behind it.
 """
@@ -19,6 +19,16 @@ _OVERLAY: Final = 0x794C7630
 _F2FS: Final = 0xF2F52010
 _BCACHEFS: Final = 0xCA451A4E
 _ZFS: Final = 0x2FC12FC1
+_NILFS: Final = 0x3434
+_JFS: Final = 0x3153464A
+_NTFS3: Final = 0x7366746E
+_EXFAT: Final = 0x2011BAB0
+_FAT: Final = 0x4D44
+_RAMFS: Final = 0x858458F6
+_SQUASHFS: Final = 0x73717368
+_EROFS: Final = 0xE0F5E1E2
+_ISO: Final = 0x9660
+_UDF: Final = 0x15013346
 
 #: All who can change a file of these are on this machine, and pass the kernel's one check for leases.
 _HONOURS_LEASES: Final = frozenset({_EXT, _XFS, _BTRFS, _TMPFS, _OVERLAY, _F2FS, _BCACHEFS, _ZFS})
@@ -29,6 +39,10 @@ _TELLS_CHANGES: Final = _HONOURS_LEASES
 _TELLS_HOLES: Final = frozenset({_EXT, _XFS, _BTRFS, _TMPFS, _OVERLAY, _F2FS, _BCACHEFS})
 #: Two files of one of these can have blocks in common (reflink).
 _SHARES_BLOCKS: Final = frozenset({_XFS, _BTRFS, _BCACHEFS})
+#: What is on these is on a disk of this machine or in its memory. What goes through FUSE may be anywhere.
+_NEAR: Final = _HONOURS_LEASES | {
+    _NILFS, _JFS, _NTFS3, _EXFAT, _FAT, _RAMFS, _SQUASHFS, _EROFS, _ISO, _UDF,
+}  # fmt: skip
 
 _STATFS_BYTES: Final = 256
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,6 +70,16 @@ def times_tell_of_stores(descriptor: int) -> bool:
     a change of times.
     """
     return _kind(descriptor) != _TMPFS
+
+
+def is_near(descriptor: int) -> bool:
+    """Whether reading from this file system asks no other machine."""
+    return _kind(descriptor) in _NEAR
+
+
+def is_stacked(descriptor: int) -> bool:
+    """Whether this file system lies on another one, which counts against how many may be stacked."""
+    return _kind(descriptor) == _OVERLAY
 
 
 def may_share_blocks(source: int, destination: int) -> bool:

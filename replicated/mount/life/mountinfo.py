@@ -7,11 +7,14 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
-from replicated.mount.libfuse import FILESYSTEM_TYPE
+from replicated.mount.engine.libfuse import FILESYSTEM_TYPE, UNMOUNT_PROGRAM
 
 _MOUNTINFO = "/proc/self/mountinfo"
+#: The kernel reads ahead 128 KiB unless told otherwise, which makes eight requests of each one.
+_READ_AHEAD_KB = 1024
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
@@ -71,6 +74,14 @@ def find_mounted(directory: bytes) -> Mounted | None:
     return next((m for m in reversed(read_mountinfo()) if m.directory == directory), None)
 
 
+def raise_read_ahead(directory: bytes) -> None:
+    """Let the kernel read ahead as much of a mount as fits into one request; only root may."""
+    mounted = find_mounted(directory)
+    if mounted is not None:
+        with suppress(OSError), open(f"/sys/class/bdi/{mounted.device}/read_ahead_kb", "w") as file:
+            file.write(f"{_READ_AHEAD_KB}\n")
+
+
 def is_disconnected(directory: bytes, *, timeout_s: float = 1) -> bool:
     """Whether a mount has lost its process. One that does not answer in time has not."""
     answers: list[int] = []
@@ -91,11 +102,25 @@ def is_disconnected(directory: bytes, *, timeout_s: float = 1) -> bool:
 
 def find_holders(directory: bytes) -> list[Holder]:
     """The processes that have a file of this mount open or mapped, or work in it, as far as we may see."""
-    return [
-        Holder(pid, _command(pid))
-        for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
-        if _is_holder(pid, directory)
-    ]
+    return [Holder(pid, _command(pid)) for pid in _pids() if _is_holder(pid, directory)]
+
+
+def find_watchers(directory: bytes) -> list[int]:
+    """The pids of the programs of libfuse that unmount a directory when the process that serves it ends."""
+    return [pid for pid in _pids() if _is_watcher(pid, directory)]
+
+
+def _pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _is_watcher(pid: int, directory: bytes) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            arguments = file.read().split(b"\0")
+    except OSError:
+        return False
+    return os.path.basename(arguments[0]) == UNMOUNT_PROGRAM.encode() and directory in arguments
 
 
 def _is_holder(pid: int, directory: bytes) -> bool:

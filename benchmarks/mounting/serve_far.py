@@ -45,8 +45,8 @@ class FarStore:
     def capabilities(self) -> Capabilities:
         return Capabilities()
 
-    def put(self, key: str, parts: Sequence[Buffer]) -> None:
-        self._store.put(key, parts)
+    def put(self, key: str, parts: Sequence[Buffer], **how: bool) -> None:
+        self._store.put(key, parts, **how)
         self._request()
 
     def replace(self, key: str, data: bytes) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
+
+from replicate.errors import RepositoryUnreachable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
@@ -31,6 +33,25 @@ class KeyMissing(Exception):
         self.key = key
 
 
+class StoreBusy(RepositoryUnreachable):
+    """A request failed in a way that passes: it may be made again, later rather than at once.
+
+    `is_throttled`: the store asked for fewer requests. `store.retrying` makes requests again; who meets this
+    above it has met the end of its patience.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        fields: Mapping[str, str] | None = None,
+        is_throttled: bool = False,
+    ) -> None:
+        super().__init__(message, hint=hint, fields=fields)
+        self.is_throttled = is_throttled
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """How stores differ, as data."""
@@ -39,6 +60,15 @@ class Capabilities:
     local_root: Path | None = None
     #: Whether reading asks no other machine, so that what was read need not be kept on this one's disk.
     is_near: bool = False
+    #: Whether each request costs money and a round trip, and so do a thousand names in a listing: then what
+    #: is new is found in the log of the repository, not by listing all there is.
+    has_costly_requests: bool = False
+    #: Requests that are worth making at the same time.
+    parallel_requests: int = 4
+    #: Two ranges of an object so close to each other are cheaper to have in one request.
+    max_gap_bytes: int = 64 << 10
+    #: No more than this is worth reading in one request while others wait.
+    max_read_bytes: int = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +77,8 @@ class ObjectInfo:
 
     key: str
     size: int
+    #: Seconds since it was made or replaced, by the clock of the store; None where it does not tell.
+    age_s: float | None = field(default=None, compare=False)
 
 
 class Store(Protocol):
@@ -67,11 +99,14 @@ class Store(Protocol):
         """What this store can do."""
         ...
 
-    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+    def put(
+        self, key: str, parts: Sequence[Buffer], *, is_unique: bool = False, is_checked: bool = True
+    ) -> None:
         """Make a new object of the concatenated parts; it survives power loss when this returns.
 
         Idempotent: the same bytes under the same key are fine. Raises `RepositoryDamaged` when the key
-        already holds other bytes, which stay as they are.
+        already holds other bytes, which stay as they are; `is_unique`: nobody else uses this key, so that
+        need not be looked for. Unless `is_checked`, the caller sees for itself whether the object is there.
         """
         ...
 

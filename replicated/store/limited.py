@@ -89,10 +89,12 @@ class LimitedStore:
         """Those of the other store."""
         return self._store.capabilities
 
-    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+    def put(
+        self, key: str, parts: Sequence[Buffer], *, is_unique: bool = False, is_checked: bool = True
+    ) -> None:
         """See `Store.put`; raises `UploadInterrupted` too."""
         self._limit.take(sum(memoryview(part).nbytes for part in parts))
-        self._store.put(key, parts)
+        self._store.put(key, parts, is_unique=is_unique, is_checked=is_checked)
 
     def replace(self, key: str, data: bytes) -> None:
         """See `Store.replace`."""

@@ -73,7 +73,9 @@ class LocalStore:
         """Objects are local files, which may still be on a network file system."""
         return self._capabilities
 
-    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+    def put(
+        self, key: str, parts: Sequence[Buffer], *, is_unique: bool = False, is_checked: bool = True
+    ) -> None:
         """See `Store.put`."""
         path = self._path(key)
         views = [memoryview(part).cast("B") for part in parts if len(part)]
@@ -145,7 +147,8 @@ class LocalStore:
                             pending.append(key)
                     elif key.startswith(prefix) and entry.is_file():
                         with contextlib.suppress(FileNotFoundError):
-                            yield ObjectInfo(key, entry.stat().st_size)
+                            info = entry.stat()
+                            yield ObjectInfo(key, info.st_size, max(0.0, time.time() - info.st_mtime))
 
     def delete(self, *keys: str) -> None:
         """See `Store.delete`."""

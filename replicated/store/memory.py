@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from replicate.errors import RepositoryDamaged
@@ -15,6 +16,7 @@ class MemoryStore:
     def __init__(self, name: str = "test") -> None:
         self._name = name
         self._objects: dict[str, bytes] = {}
+        self._made: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @property
@@ -27,10 +29,13 @@ class MemoryStore:
         """Nothing is nearer."""
         return Capabilities(is_near=True)
 
-    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+    def put(
+        self, key: str, parts: Sequence[Buffer], *, is_unique: bool = False, is_checked: bool = True
+    ) -> None:
         """See `Store.put`."""
         data = b"".join(parts)
         with self._lock:
+            self._made.setdefault(key, time.monotonic())
             if self._objects.setdefault(check_key(key), data) != data:
                 raise RepositoryDamaged(
                     f"another object is already stored as {key} in {self.url}", fields={"key": key}
@@ -40,6 +45,7 @@ class MemoryStore:
         """See `Store.replace`."""
         with self._lock:
             self._objects[check_key(key)] = bytes(data)
+            self._made[key] = time.monotonic()
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
         """See `Store.get`."""
@@ -53,7 +59,12 @@ class MemoryStore:
         """See `Store.list`."""
         check_prefix(prefix)
         with self._lock:
-            found = [ObjectInfo(k, len(v)) for k, v in self._objects.items() if k.startswith(prefix)]
+            now = time.monotonic()
+            found = [
+                ObjectInfo(key, len(data), now - self._made[key])
+                for key, data in self._objects.items()
+                if key.startswith(prefix)
+            ]
         yield from found
 
     def delete(self, *keys: str) -> None:
@@ -61,6 +72,7 @@ class MemoryStore:
         with self._lock:
             for key in keys:
                 self._objects.pop(check_key(key), None)
+                self._made.pop(key, None)
 
     def exists(self, key: str) -> bool:
         """See `Store.exists`."""

@@ -71,10 +71,10 @@ def test_of_two_that_make_it_at_once_both_get_the_same(tmp_path: Path) -> None:
     class Racing(MemoryStore):
         """Another process makes the repository between our look and our write."""
 
-        def put(self, key: str, parts: object) -> None:
+        def put(self, key: str, parts: object, **how: bool) -> None:
             if not self.exists(key):
                 super().put(key, [rival])
-            super().put(key, parts)  # type: ignore[arg-type]
+            super().put(key, parts, **how)  # type: ignore[arg-type]
 
     first = MemoryStore()
     other = Repository.open_on(first, cache=tmp_path, create=True)

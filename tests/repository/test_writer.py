@@ -128,8 +128,8 @@ def test_packs_come_before_the_index_objects_that_list_them(tmp_path: Path) -> N
     order: list[str] = []
 
     class Recording(MemoryStore):
-        def put(self, key: str, parts: Sequence[Buffer]) -> None:
-            super().put(key, parts)
+        def put(self, key: str, parts: Sequence[Buffer], **how: bool) -> None:
+            super().put(key, parts, **how)
             order.append(key)
 
     repository = Repository.open_on(Recording(), cache=tmp_path, create=True)
@@ -169,12 +169,12 @@ class FullAfter(MemoryStore):
         super().__init__()
         self.allowed = allowed
 
-    def put(self, key: str, parts: Sequence[Buffer]) -> None:
+    def put(self, key: str, parts: Sequence[Buffer], **how: bool) -> None:
         if key.startswith(("packs/", "index/")):
             if self.allowed <= 0:
                 raise RepositoryFull(f"no space for {key}")
             self.allowed -= 1
-        super().put(key, parts)
+        super().put(key, parts, **how)
 
 
 @pytest.mark.usefixtures("small_packs")
@@ -308,7 +308,7 @@ def test_no_more_packs_are_in_memory_than_allowed(tmp_path: Path) -> None:
             made.append(self)
 
     class Slow(MemoryStore):
-        def put(self, key: str, parts: Sequence[Buffer]) -> None:
+        def put(self, key: str, parts: Sequence[Buffer], **how: bool) -> None:
             if key.startswith("packs/"):
                 # All threads of the writer get as far as they can meanwhile.
                 deadline = time.monotonic() + 0.05
@@ -317,7 +317,7 @@ def test_no_more_packs_are_in_memory_than_allowed(tmp_path: Path) -> None:
                         break
                 alive.append(len(made) - stored[0])
                 stored[0] += 1
-            super().put(key, parts)
+            super().put(key, parts, **how)
 
     stored = [0]
     with pytest.MonkeyPatch.context() as patch:

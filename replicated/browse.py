@@ -47,7 +47,7 @@ class Browser:
         still being stored (field `state` "captured", field `id` what to wait for) or never will be.
         """
         resolution = self._experiments.resolve(repository, reference)
-        identifiers = tuple(_snapshot_ids(resolution))
+        identifiers = tuple(snapshot_ids(resolution))
         return Opened(resolution, identifiers, open_tree(self._repositories.get(repository), *identifiers))
 
     @contextmanager
@@ -86,7 +86,11 @@ def file_entry(path: bytes, node: Node) -> FileEntry:
     )
 
 
-def _snapshot_ids(resolution: Resolution) -> Iterator[SnapshotId]:
+def snapshot_ids(resolution: Resolution) -> Iterator[SnapshotId]:
+    """The snapshots that show what a reference means, later ones laid over earlier ones.
+
+    Raises `NotFound` when no files were saved, `NotStored` and `RepositoryDamaged`.
+    """
     summary, checkpoint = resolution.summary, resolution.checkpoint
     if summary.state == "failed" and not summary.record.paths:
         # Only a record that cannot be read is both: nobody knows whether there are files.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -107,28 +107,9 @@ class Experiments:
                 raise NotFound("there is no experiment yet", hint="call replicate.init() in a script")
             return self._choose(view, summaries[-1], reference, text)
         experiments, checkpoints = self._find_ids(view, reference.prefix)
-        found = sorted(experiments | checkpoints.keys())
-        if not found:
-            raise NotFound(
-                f"no experiment or checkpoint starts with: {reference.prefix}",
-                hint="`replicate ls` lists the experiments",
-                fields={"prefix": reference.prefix},
-            )
-        if len(found) > 1:
-            shown = ", ".join(identifier[: len(reference.prefix) + 4] for identifier in found[:5])
-            raise Ambiguous(
-                f"{len(found)} ids start with {reference.prefix}: {shown}",
-                hint="give more characters",
-                fields={"prefix": reference.prefix},
-            )
-        identifier = found[0]
+        identifier = only_id(reference, experiments, checkpoints)
         if identifier in experiments:
             return self._choose(view, self._summary(view, identifier), reference, text)
-        if reference.selector:
-            raise InvalidArgument(
-                f"{short(identifier)} is a checkpoint, so it has no :{reference.selector}",
-                hint="give the id of its experiment",
-            )
         summary = self._summary(view, checkpoints[identifier])
         for checkpoint in self._checkpoints(view, checkpoints[identifier]):
             if checkpoint.id == identifier:
@@ -136,26 +117,7 @@ class Experiments:
         raise NotFound(f"checkpoint {short(identifier)} was removed in this moment")
 
     def _choose(self, view: _View, summary: ExperimentSummary, reference: Reference, text: str) -> Resolution:
-        """The checkpoint of an experiment that a reference selects."""
-        selector = reference.selector
-        checkpoint: CheckpointRecord | None = None
-        chosen: Chosen = selector
-        if selector == "":
-            checkpoint = summary.best or summary.latest
-            chosen = "best" if summary.best else "latest" if summary.latest else ""
-        elif selector == "best":
-            checkpoint = summary.best
-        elif selector == "latest":
-            checkpoint = summary.latest
-        elif selector == "step":
-            matching = [c for c in self._checkpoints(view, summary.record.id) if c.step == reference.step]
-            checkpoint = latest_checkpoint(matching)
-        if checkpoint is None and selector in ("best", "latest", "step"):
-            raise NotFound(
-                f"experiment {short(summary.record.id)} has no such checkpoint: {text}",
-                hint="no checkpoint has a primary metric" if selector == "best" and summary.latest else "",
-            )
-        return Resolution(summary, checkpoint, named_experiment=True, chosen=chosen)
+        return choose_checkpoint(summary, reference, text, lambda: self._checkpoints(view, summary.record.id))
 
     def _catalog(self, url: str) -> Catalog:
         repository = self._repositories.get(url)
@@ -248,6 +210,61 @@ class Experiments:
         for experiment_id, pending in view.jobs.checkpoints.items():
             checkpoints.update((c.id, experiment_id) for c in pending if c.id.startswith(prefix))
         return experiments, checkpoints
+
+
+def only_id(reference: Reference, experiments: Collection[str], checkpoints: Collection[str]) -> str:
+    """The one id that a reference names, of those of experiments and checkpoints that begin like it.
+
+    Raises `NotFound`, `Ambiguous`, and `InvalidArgument` when something is selected of a checkpoint.
+    """
+    found = sorted({*experiments, *checkpoints})
+    if not found:
+        raise NotFound(
+            f"no experiment or checkpoint starts with: {reference.prefix}",
+            hint="`replicate ls` lists the experiments",
+            fields={"prefix": reference.prefix},
+        )
+    if len(found) > 1:
+        shown = ", ".join(identifier[: len(reference.prefix) + 4] for identifier in found[:5])
+        raise Ambiguous(
+            f"{len(found)} ids start with {reference.prefix}: {shown}",
+            hint="give more characters",
+            fields={"prefix": reference.prefix},
+        )
+    if reference.selector and found[0] not in experiments:
+        raise InvalidArgument(
+            f"{short(found[0])} is a checkpoint, so it has no :{reference.selector}",
+            hint="give the id of its experiment",
+        )
+    return found[0]
+
+
+def choose_checkpoint(
+    summary: ExperimentSummary,
+    reference: Reference,
+    text: str,
+    list_checkpoints: Callable[[], Sequence[CheckpointRecord]],
+) -> Resolution:
+    """The checkpoint of an experiment that a reference selects; raises `NotFound`."""
+    selector = reference.selector
+    checkpoint: CheckpointRecord | None = None
+    chosen: Chosen = selector
+    if selector == "":
+        checkpoint = summary.best or summary.latest
+        chosen = "best" if summary.best else "latest" if summary.latest else ""
+    elif selector == "best":
+        checkpoint = summary.best
+    elif selector == "latest":
+        checkpoint = summary.latest
+    elif selector == "step":
+        matching = [c for c in list_checkpoints() if c.step == reference.step]
+        checkpoint = latest_checkpoint(matching)
+    if checkpoint is None and selector in ("best", "latest", "step"):
+        raise NotFound(
+            f"experiment {short(summary.record.id)} has no such checkpoint: {text}",
+            hint="no checkpoint has a primary metric" if selector == "best" and summary.latest else "",
+        )
+    return Resolution(summary, checkpoint, named_experiment=True, chosen=chosen)
 
 
 def recorded_status(entry: CatalogEntry, repository: Repository | None) -> tuple[Status, datetime | None]:

@@ -618,8 +618,10 @@ class UnmountRequest(_message.Message):
     def __init__(self, directory: _Optional[bytes] = ..., id: _Optional[str] = ..., all: bool = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("repository",)
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    def __init__(self, repository: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("id", "experiment_id", "paths", "error", "at_ns")
@@ -636,7 +638,7 @@ class Failure(_message.Message):
     def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., paths: _Optional[_Iterable[bytes]] = ..., error: _Optional[str] = ..., at_ns: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts", "failed_mounts", "leased_files", "leased_bytes")
+    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts", "failed_mounts", "leased_files", "leased_bytes", "repositories")
     DAEMON_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -653,6 +655,7 @@ class StatusReply(_message.Message):
     FAILED_MOUNTS_FIELD_NUMBER: _ClassVar[int]
     LEASED_FILES_FIELD_NUMBER: _ClassVar[int]
     LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPOSITORIES_FIELD_NUMBER: _ClassVar[int]
     daemon: HelloReply
     pending: int
     active: int
@@ -669,15 +672,38 @@ class StatusReply(_message.Message):
     failed_mounts: int
     leased_files: int
     leased_bytes: int
-    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ..., failed_mounts: _Optional[int] = ..., leased_files: _Optional[int] = ..., leased_bytes: _Optional[int] = ...) -> None: ...
+    repositories: _containers.RepeatedCompositeFieldContainer[RepositoryStanding]
+    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ..., failed_mounts: _Optional[int] = ..., leased_files: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., repositories: _Optional[_Iterable[_Union[RepositoryStanding, _Mapping]]] = ...) -> None: ...
+
+class RepositoryStanding(_message.Message):
+    __slots__ = ("repository", "pending", "active", "bytes_pending", "waiting_because", "hint", "waiting_since_ns", "retry_at_ns")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    PENDING_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PENDING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_SINCE_NS_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AT_NS_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    pending: int
+    active: int
+    bytes_pending: int
+    waiting_because: str
+    hint: str
+    waiting_since_ns: int
+    retry_at_ns: int
+    def __init__(self, repository: _Optional[str] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., waiting_because: _Optional[str] = ..., hint: _Optional[str] = ..., waiting_since_ns: _Optional[int] = ..., retry_at_ns: _Optional[int] = ...) -> None: ...
 
 class WaitStoredRequest(_message.Message):
-    __slots__ = ("ids", "timeout_s")
+    __slots__ = ("ids", "timeout_s", "repository")
     IDS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[str]
     timeout_s: float
-    def __init__(self, ids: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    repository: str
+    def __init__(self, ids: _Optional[_Iterable[str]] = ..., timeout_s: _Optional[float] = ..., repository: _Optional[str] = ...) -> None: ...
 
 class RemoveRequest(_message.Message):
     __slots__ = ("repository", "ids", "dry_run", "force")

@@ -5,7 +5,8 @@
 
 import os
 import stat
-from pathlib import PurePath
+import sys
+from pathlib import Path, PurePath
 
 import blake3
 import hypothesis
@@ -15,6 +16,9 @@ from replicate.errors import NotFound
 from replicated.directories import FixedListing, Node
 from replicated.file_reader import Piece
 from replicated.format.manifest import FileContent
+
+# Servers, and what is put before them, are shared by tests of many areas: `from servers import …`.
+sys.path.append(str(Path(__file__).parent))
 
 hypothesis.settings.register_profile("default", derandomize=True, max_examples=60, deadline=None)
 hypothesis.settings.register_profile("deep", derandomize=False, max_examples=3000, deadline=None)

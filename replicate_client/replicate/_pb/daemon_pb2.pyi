@@ -188,7 +188,7 @@ class Experiment(_message.Message):
     def __init__(self, id: _Optional[str] = ..., created_ns: _Optional[int] = ..., name: _Optional[str] = ..., tags: _Optional[_Iterable[str]] = ..., user: _Optional[str] = ..., host: _Optional[str] = ..., command: _Optional[bytes] = ..., paths: _Optional[_Iterable[bytes]] = ..., params: _Optional[_Union[ValueMap, _Mapping]] = ..., python_version: _Optional[str] = ..., python_packages: _Optional[_Mapping[str, str]] = ..., system: _Optional[_Union[System, _Mapping]] = ..., git: _Optional[_Union[Git, _Mapping]] = ..., replicate_version: _Optional[str] = ..., process: _Optional[_Union[Process, _Mapping]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("id", "experiment_id", "created_ns", "step", "paths", "metrics", "primary_metric", "state", "error")
+    __slots__ = ("id", "experiment_id", "created_ns", "step", "paths", "metrics", "primary_metric", "state", "error", "part", "world_size", "waits_for")
     ID_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
     CREATED_NS_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +198,9 @@ class Checkpoint(_message.Message):
     PRIMARY_METRIC_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     id: str
     experiment_id: str
     created_ns: int
@@ -207,7 +210,26 @@ class Checkpoint(_message.Message):
     primary_metric: PrimaryMetric
     state: str
     error: str
-    def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., created_ns: _Optional[int] = ..., step: _Optional[int] = ..., paths: _Optional[_Iterable[bytes]] = ..., metrics: _Optional[_Union[ValueMap, _Mapping]] = ..., primary_metric: _Optional[_Union[PrimaryMetric, _Mapping]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    part: Part
+    world_size: int
+    waits_for: str
+    def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., created_ns: _Optional[int] = ..., step: _Optional[int] = ..., paths: _Optional[_Iterable[bytes]] = ..., metrics: _Optional[_Union[ValueMap, _Mapping]] = ..., primary_metric: _Optional[_Union[PrimaryMetric, _Mapping]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., part: _Optional[_Union[Part, _Mapping]] = ..., world_size: _Optional[int] = ..., waits_for: _Optional[str] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("rank", "world_size", "is_detected", "is_expected", "attempt", "patience_s")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    IS_DETECTED_FIELD_NUMBER: _ClassVar[int]
+    IS_EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_S_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    world_size: int
+    is_detected: bool
+    is_expected: bool
+    attempt: str
+    patience_s: float
+    def __init__(self, rank: _Optional[int] = ..., world_size: _Optional[int] = ..., is_detected: bool = ..., is_expected: bool = ..., attempt: _Optional[str] = ..., patience_s: _Optional[float] = ...) -> None: ...
 
 class ExperimentSummary(_message.Message):
     __slots__ = ("experiment", "status", "state", "error", "ended_ns", "checkpoint_count", "latest", "best", "duration_s", "stall_s")
@@ -354,6 +376,30 @@ class ResumeExperimentRequest(_message.Message):
     process: Process
     at_ns: int
     def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., process: _Optional[_Union[Process, _Mapping]] = ..., at_ns: _Optional[int] = ...) -> None: ...
+
+class JoinExperimentRequest(_message.Message):
+    __slots__ = ("repository", "experiment_id", "member_id", "rank", "world_size", "attempt", "process", "at_ns")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    AT_NS_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    experiment_id: str
+    member_id: str
+    rank: int
+    world_size: int
+    attempt: str
+    process: Process
+    at_ns: int
+    def __init__(self, repository: _Optional[str] = ..., experiment_id: _Optional[str] = ..., member_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., attempt: _Optional[str] = ..., process: _Optional[_Union[Process, _Mapping]] = ..., at_ns: _Optional[int] = ...) -> None: ...
+
+class JoinExperimentReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("repository", "id")

@@ -44,6 +44,11 @@ class DaemonStub(object):
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.ResumeExperimentRequest.SerializeToString,
                 response_deserializer=replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.FromString,
                 )
+        self.JoinExperiment = channel.unary_unary(
+                '/replicate.v1.Daemon/JoinExperiment',
+                request_serializer=replicate_dot___pb_dot_daemon__pb2.JoinExperimentRequest.SerializeToString,
+                response_deserializer=replicate_dot___pb_dot_daemon__pb2.JoinExperimentReply.FromString,
+                )
         self.ListExperiments = channel.unary_stream(
                 '/replicate.v1.Daemon/ListExperiments',
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.SerializeToString,
@@ -164,6 +169,13 @@ class DaemonServicer(object):
 
     def ResumeExperiment(self, request, context):
         """A new process goes on with an experiment of an earlier one: it is running again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JoinExperiment(self, request, context):
+        """A process of a distributed job, other than the one that owns the experiment, takes part in it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -300,6 +312,11 @@ def add_DaemonServicer_to_server(servicer, server):
                     servicer.ResumeExperiment,
                     request_deserializer=replicate_dot___pb_dot_daemon__pb2.ResumeExperimentRequest.FromString,
                     response_serializer=replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.SerializeToString,
+            ),
+            'JoinExperiment': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinExperiment,
+                    request_deserializer=replicate_dot___pb_dot_daemon__pb2.JoinExperimentRequest.FromString,
+                    response_serializer=replicate_dot___pb_dot_daemon__pb2.JoinExperimentReply.SerializeToString,
             ),
             'ListExperiments': grpc.unary_stream_rpc_method_handler(
                     servicer.ListExperiments,
@@ -490,6 +507,23 @@ class Daemon(object):
         return grpc.experimental.unary_unary(request, target, '/replicate.v1.Daemon/ResumeExperiment',
             replicate_dot___pb_dot_daemon__pb2.ResumeExperimentRequest.SerializeToString,
             replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def JoinExperiment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/replicate.v1.Daemon/JoinExperiment',
+            replicate_dot___pb_dot_daemon__pb2.JoinExperimentRequest.SerializeToString,
+            replicate_dot___pb_dot_daemon__pb2.JoinExperimentReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

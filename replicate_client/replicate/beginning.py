@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from replicate import connection, ending, notices
+from replicate import connection, ending, notices, ranks
 from replicate._version import __version__
 from replicate.capturing import chosen_rung, decode_state, encode_capture, error_for_users, tell_reply
 from replicate.config import ProjectConfig
@@ -115,6 +115,109 @@ def join(
         return resume(project, summary.record.id, params=params, ignore=ignore, quiet=quiet)
     _check_same_params(summary, params)
     return attach(project, summary, ignore=ignore, quiet=quiet), summary
+
+
+def join_as_rank(
+    project: ProjectConfig,
+    place: ranks.Place,
+    number: int,
+    *,
+    resumed: str | None = None,
+    params: object = None,
+    name: object = None,
+    tags: object = (),
+    ignore: object = (),
+    quiet: bool = False,
+) -> tuple[Run, ExperimentSummary]:
+    """Take part, as another rank than 0, in the experiment of rank 0, which need not exist yet.
+
+    It is the experiment of that `number` in its process. Nothing is recorded of what is handed in: that is up
+    to rank 0. Raises `ValueError` when there is no way to find out which experiment it is.
+    """
+    chosen_rung()
+    patterns = _check_patterns(ignore)
+    values = validate_mapping(params, "params")
+    experiment_id = _find_experiment_of_job(project, place, number, resumed or ranks.given_experiment())
+    process, now = identify_process(), utc_now()
+    member_id = new_id()
+    request = pb.JoinExperimentRequest(
+        repository=project.repository,
+        experiment_id=experiment_id,
+        member_id=member_id,
+        rank=place.rank,
+        world_size=place.world_size,
+        attempt=ranks.attempt_of(),
+        process=wire.encode_process(process),
+        at_ns=wire.encode_time(now),
+    )
+    deliver("JoinExperiment", request, pb.JoinExperimentReply, urgency="vital")
+    record = ExperimentRecord(
+        id=experiment_id,
+        created=now,
+        name="" if name is None else validate_text(name, "name"),
+        tags=validate_tags(tags),
+        params=values,
+        process=process,
+    )
+    run = Run(
+        project, experiment_id, ignore=patterns, ends_with_process=True, quiet=quiet, member_id=member_id
+    )
+    ending.remember(run)
+    return run, ExperimentSummary(record, status="running", state="captured")
+
+
+def begin_as_first_rank(
+    project: ProjectConfig,
+    place: ranks.Place,
+    number: int,
+    *,
+    path: object = None,
+    params: object = None,
+    name: object = None,
+    tags: object = (),
+    ignore: object = (),
+    quiet: bool = False,
+) -> tuple[Run, ExperimentSummary]:
+    """Begin the experiment of a distributed job as its rank 0, under an id that the other ranks can find."""
+    chosen_rung()
+    patterns = _check_patterns(ignore)
+    identifier = ranks.derived_experiment(place, number)
+    if identifier is not None and _exists(project, identifier):
+        # Told by a launcher that repeats itself. It must not be added to what an earlier job has recorded.
+        notices.warn_once(
+            f"an earlier job has recorded experiment {short(identifier)} and was started like this one, which"
+            " gets another id; for the other ranks to join, give all of them a new one in"
+            f" {ranks.EXPERIMENT_VARIABLE}"
+        )
+        identifier = None
+    identifier = identifier or ExperimentId(new_id())
+    summary = _create(project, path, params, name, tags, patterns, quiet, identifier)
+    return _make_run(project, summary, patterns, ends_with_process=True, quiet=quiet), summary
+
+
+def _find_experiment_of_job(
+    project: ProjectConfig, place: ranks.Place, number: int, given: str
+) -> ExperimentId:
+    """The experiment that rank 0 begins, or has begun, as another rank finds it."""
+    if given:
+        return ExperimentId(given) if is_id(given) else _find(project, given).record.id
+    found = ranks.shared_experiment(number) or ranks.derived_experiment(place, number)
+    if found is None:
+        raise ValueError(
+            f"this is rank {place.rank} of {place.world_size}, and nothing says which experiment it belongs"
+            f" to: set {ranks.EXPERIMENT_VARIABLE} to the same 64 hexadecimal characters for all ranks, call"
+            " replicate.init() after torch.distributed.init_process_group() in all of them, or call it in"
+            " rank 0 only"
+        )
+    return found
+
+
+def _exists(project: ProjectConfig, experiment_id: ExperimentId) -> bool:
+    try:
+        _find(project, experiment_id)
+    except (NotFound, RepositoryMissing):
+        return False
+    return True
 
 
 def attach(

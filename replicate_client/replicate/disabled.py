@@ -69,7 +69,15 @@ class _DisabledRun(Run):
         super().__init__(project, experiment_id)
 
     def record_checkpoint(
-        self, path: object, metrics: object, step: object, primary_metric: object, *, quiet: bool
+        self,
+        path: object,
+        metrics: object,
+        step: object,
+        primary_metric: object,
+        *,
+        quiet: bool,
+        rank: object = None,
+        world_size: object = None,
     ) -> CheckpointRecord:
         number, _ = self._take_step(step if isinstance(step, int) and 0 <= step < MAX_STEP else None)
         return CheckpointRecord(

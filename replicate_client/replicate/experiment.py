@@ -35,7 +35,7 @@ from replicate.records import (
     paths_argument,
     utc_now,
 )
-from replicate.run import Run
+from replicate.run import LeftToRankZero, Run
 from replicate.snapshot import Snapshot
 
 _Item = TypeVar("_Item")
@@ -275,7 +275,9 @@ class Experiment(Snapshot):
     @property
     def status(self) -> Status:
         """`running`, `stopped`, `failed`, `killed` or `unknown`, as far as was read."""
-        return self._run.ended or self._summary.status
+        # What another rank than 0 ends is its own part only.
+        ended = None if self._run.member_id else self._run.ended
+        return ended or self._summary.status
 
     @property
     def duration(self) -> float | None:
@@ -306,6 +308,9 @@ class Experiment(Snapshot):
         step: int | None = None,
         primary_metric: tuple[str, str] | None = None,
         quiet: bool = False,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> Checkpoint:
         """Record metrics and freeze files; returns when the files are captured.
 
@@ -314,10 +319,19 @@ class Experiment(Snapshot):
         `("accuracy", "maximize")`. Raises `TypeError`, `ValueError` and `FileNotFoundError` for wrong
         arguments. Trouble with the daemon or the storage does not raise: the state of the checkpoint
         is then `failed`, and a line says so once.
+
+        In a distributed job the files of all ranks are one checkpoint, with the metrics that rank 0 gives. It
+        is stored when all of them are; another rank that gives no files records nothing. `rank` and
+        `world_size` say what is not found by itself, `world_size=1` that the call stands alone.
         """
-        record = self._run.record_checkpoint(path, metrics, step, primary_metric, quiet=quiet)
+        record = self._run.record_checkpoint(
+            path, metrics, step, primary_metric, quiet=quiet, rank=rank, world_size=world_size
+        )
         checkpoint = self._checkpoint_type(self._repository, record)
-        self._made.append(checkpoint)
+        if isinstance(record, LeftToRankZero):
+            checkpoint._is_recorded = False
+        else:
+            self._made.append(checkpoint)
         return checkpoint
 
     def stop(self) -> None:

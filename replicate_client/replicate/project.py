@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from replicate import beginning, ending, missed, notices, query
+from replicate import beginning, ending, missed, notices, query, ranks
 from replicate.config import ProjectConfig, find_project
 from replicate.disabled import disabled_experiment, is_disabled, nothing_recorded
 from replicate.errors import NotStored
@@ -79,17 +79,45 @@ class ExperimentCollection:
             if resume is not None:
                 resume = validate_text(resume, "resume")
             config = self._project.config()
-            joined = os.environ.get("REPLICATE_EXPERIMENT_ID", "").strip()
-            if resume is not None:
+            joined, place = ranks.given_experiment(), ranks.detect()
+            number = ranks.next_experiment() if place is not None else 0
+            if place is not None and place.rank > 0:
+                run, summary = beginning.join_as_rank(
+                    config,
+                    place,
+                    number,
+                    resumed=resume,
+                    params=params,
+                    name=name,
+                    tags=tags,
+                    ignore=ignore,
+                    quiet=quiet,
+                )
+            elif resume is not None:
                 run, summary = beginning.resume(config, resume, params=params, ignore=ignore, quiet=quiet)
             elif joined:
                 run, summary = beginning.join(
                     config, joined, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
                 )
+            elif place is not None:
+                run, summary = beginning.begin_as_first_rank(
+                    config,
+                    place,
+                    number,
+                    path=path,
+                    params=params,
+                    name=name,
+                    tags=tags,
+                    ignore=ignore,
+                    quiet=quiet,
+                )
             else:
                 run, summary = beginning.begin(
                     config, path=path, params=params, name=name, tags=tags, ignore=ignore, quiet=quiet
                 )
+            if place is not None and place.rank == 0:
+                ranks.share_experiment(number, summary.record.id)
+                ranks.tell_children(summary.record.id)
         run.stall = stall
         return Experiment(config.repository, summary, run)
 

@@ -117,6 +117,22 @@ class ExperimentRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What one of the processes of a distributed job adds to a checkpoint of all of them."""
+
+    rank: int
+    world_size: int
+    #: Nobody said that others add to the checkpoint: without a sign of them it is that of rank 0 alone.
+    is_detected: bool = False
+    #: The launcher named the experiment, so that others are likely to join.
+    is_expected: bool = False
+    #: Tells this start of the job from others; the same in all ranks.
+    attempt: str = ""
+    #: How long to wait for the other parts without news of them; 0: the default.
+    patience_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointRecord:
     """What one `checkpoint` recorded; written once."""
 
@@ -130,6 +146,12 @@ class CheckpointRecord:
     state: SnapshotState = "captured"
     #: Why it failed, for state `failed`.
     error: str = ""
+    #: How many processes made it together.
+    world_size: int = 1
+    #: What one of several processes waits for, for state `captured`; a sentence.
+    waits_for: str = ""
+    #: Of a request only: which part of the checkpoint this process adds.
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)

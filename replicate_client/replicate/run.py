@@ -12,10 +12,11 @@ import dataclasses
 import os
 import threading
 import time
+from collections import Counter
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from replicate import notices
+from replicate import notices, ranks
 from replicate.capturing import decode_state, encode_capture, error_for_users, tell_reply
 from replicate.config import ProjectConfig
 from replicate.delivery import deliver
@@ -29,6 +30,7 @@ from replicate.records import (
     MAX_STEP,
     CheckpointRecord,
     EndStatus,
+    Part,
     utc_now,
     validate_mapping,
     validate_primary_metric,
@@ -55,6 +57,11 @@ class Backlog:
     waiting_because: str = ""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeftToRankZero(CheckpointRecord):
+    """What another rank than 0 is given for a checkpoint to which it adds no files: nothing was recorded."""
+
+
 class Run:
     """An experiment that this process records into.
 
@@ -70,6 +77,7 @@ class Run:
         ignore: tuple[str, ...] = (),
         ends_with_process: bool = False,
         quiet: bool = False,
+        member_id: str = "",
     ) -> None:
         self.project = project
         self.experiment_id = experiment_id
@@ -83,6 +91,11 @@ class Run:
         #: What calls cost the training, and the checkpoints that could not be told to the daemon.
         self.stall = StallClock()
         self.missed = MissedCheckpoints()
+        #: By which the daemon knows what this process, another rank than 0, adds to the experiment.
+        self.member_id = member_id
+        self._attempt: str | None = None
+        #: How many checkpoints were made together with other ranks, by the step that was given.
+        self._shared_checkpoints: Counter[int | None] = Counter()
         self._is_exiting = False
         self._ignore = ignore
         self._next_step = next_step
@@ -90,18 +103,37 @@ class Run:
         self.owner_pid = os.getpid() if ends_with_process else None
 
     def record_checkpoint(
-        self, path: object, metrics: object, step: object, primary_metric: object, *, quiet: bool
+        self,
+        path: object,
+        metrics: object,
+        step: object,
+        primary_metric: object,
+        *,
+        quiet: bool,
+        rank: object = None,
+        world_size: object = None,
     ) -> CheckpointRecord:
-        """Record a checkpoint; returns when its files are captured.
+        """Record a checkpoint, or this rank's part of it; returns when its files are captured.
 
         Raises `TypeError`, `ValueError` and `FileNotFoundError` for wrong arguments, and `RuntimeError`
         after the end. Any other trouble gives a record in state `failed` that says why.
         """
         with self.stall.running():
-            return self._record_checkpoint(path, metrics, step, primary_metric, quiet or self.quiet)
+            place = ranks.check_place(rank, world_size)
+            is_detected = rank is None and world_size is None
+            return self._record_checkpoint(
+                path, metrics, step, primary_metric, quiet or self.quiet, place, is_detected
+            )
 
     def _record_checkpoint(
-        self, path: object, metrics: object, step: object, primary_metric: object, quiet: bool
+        self,
+        path: object,
+        metrics: object,
+        step: object,
+        primary_metric: object,
+        quiet: bool,
+        place: ranks.Place | None,
+        is_detected: bool,
     ) -> CheckpointRecord:
         if self.ended is not None and not self._is_exiting:
             raise RuntimeError(f"experiment {short(self.experiment_id)} was stopped")
@@ -110,21 +142,34 @@ class Run:
         primary = validate_primary_metric(primary_metric, values)
         chosen = None if step is None else validate_step(step)
         capture = encode_capture(self.project, paths, self._ignore)
+        is_first = place is None or place.rank == 0
+        if values and not is_first and not quiet:
+            notices.warn_once(
+                "the metrics of a checkpoint are those that rank 0 gives; others are not recorded"
+            )
+        part, identifier = None, CheckpointId(new_id())
+        if place is not None and (paths or not is_detected):
+            part, identifier = self._take_part(place, chosen, is_detected=is_detected)
         number, before = self._take_step(chosen)
         record = CheckpointRecord(
-            id=CheckpointId(new_id()),
+            id=identifier,
             experiment_id=self.experiment_id,
             created=utc_now(),
             step=number,
             paths=paths,
-            metrics=values,
-            primary_metric=primary,
+            metrics=values if is_first else {},
+            primary_metric=primary if is_first else None,
+            world_size=place.world_size if place is not None and part is not None else 1,
+            part=part,
         )
+        if part is None and not is_first:
+            return _left_to_rank_zero(record)
         request = pb.CreateCheckpointRequest(
             repository=self.project.repository,
             checkpoint=wire.encode_checkpoint(record),
             capture=capture,
-            stall_ns=self.stall.take_untold(),
+            # Of other ranks nobody would tell it on.
+            stall_ns=self.stall.take_untold() if is_first else 0,
         )
         try:
             self.missed.tell(quiet=quiet)
@@ -166,10 +211,10 @@ class Run:
         reply_type = pb.EndExperimentReply
         try:
             self.missed.tell("last", deadline=deadline, quiet=self.quiet)
-            stall_ns = self.stall.take_untold()
+            stall_ns = 0 if self.member_id else self.stall.take_untold()
             request = pb.EndExperimentRequest(
                 repository=self.project.repository,
-                experiment_id=self.experiment_id,
+                experiment_id=self.member_id or self.experiment_id,
                 status=self.ended,
                 ended_ns=wire.encode_time(self.ended_at),
                 is_exiting=is_exiting,
@@ -191,6 +236,26 @@ class Run:
         if self.owner_pid == os.getpid():
             self.end("stopped")
 
+    def _take_part(
+        self, place: ranks.Place, step: int | None, *, is_detected: bool
+    ) -> tuple[Part, CheckpointId]:
+        """This rank's part of the next checkpoint that is given this step, and the id that all ranks find."""
+        patience_s = ranks.patience_s()
+        if self._attempt is None:
+            self._attempt = ranks.agree_on_attempt(place, self.experiment_id)
+        with _lock:
+            number = self._shared_checkpoints[step]
+            self._shared_checkpoints[step] += 1
+        part = Part(
+            place.rank,
+            place.world_size,
+            is_detected=is_detected,
+            is_expected=bool(ranks.given_experiment()),
+            attempt=ranks.attempt_of(),
+            patience_s=patience_s,
+        )
+        return part, ranks.shared_checkpoint(self.experiment_id, self._attempt, step, number)
+
     def _take_step(self, chosen: int | None) -> tuple[int, int]:
         """The step of a new checkpoint, and what would have been the next one."""
         with _lock:
@@ -206,6 +271,10 @@ class Run:
         with _lock:
             if self._next_step == step + 1:
                 self._next_step = before
+
+
+def _left_to_rank_zero(record: CheckpointRecord) -> CheckpointRecord:
+    return LeftToRankZero(record.id, record.experiment_id, record.created, record.step, state="stored")
 
 
 #: For the steps; re-entrant, because a signal handler may record a checkpoint at any moment.

@@ -7,6 +7,7 @@ it raises `InvalidArgument`. No I/O and no grpc here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -27,6 +28,7 @@ from replicate.records import (
     GitState,
     Goal,
     Gpu,
+    Part,
     PrimaryMetric,
     ProcessIdentity,
     SnapshotState,
@@ -43,6 +45,9 @@ ERROR_METADATA_KEY = "replicate-error-bin"
 MAX_REQUEST_BYTES = 4 << 20
 #: The client refuses larger answers; long lists are streams and files never travel in one message.
 MAX_REPLY_BYTES = 16 << 20
+
+#: More processes than any machine has; a shard's number has nine digits.
+MAX_WORLD_SIZE = 1_000_000
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _NANOSECONDS = 10**9
@@ -222,6 +227,12 @@ def encode_checkpoint(record: CheckpointRecord) -> pb.Checkpoint:
         message.primary_metric.CopyFrom(
             pb.PrimaryMetric(name=record.primary_metric.name, goal=record.primary_metric.goal)
         )
+    if record.world_size > 1:
+        message.world_size = record.world_size
+    if record.waits_for:
+        message.waits_for = encode_text(record.waits_for)
+    if record.part is not None:
+        message.part.CopyFrom(_encode_part(record.part))
     return message
 
 
@@ -241,6 +252,9 @@ def decode_checkpoint(message: pb.Checkpoint) -> CheckpointRecord:
         primary_metric=primary,
         state=decode_word(message.state, get_args(SnapshotState), "state"),
         error=message.error,
+        world_size=message.world_size or 1,
+        waits_for=message.waits_for,
+        part=_decode_part(message.part) if message.HasField("part") else None,
     )
 
 
@@ -337,6 +351,30 @@ def decode_word(word: str, allowed: Sequence[_Word], what: str) -> _Word:
         if word == candidate:
             return candidate
     raise InvalidArgument(f"unknown {what}: {word!r}")
+
+
+def _encode_part(part: Part) -> pb.Part:
+    return pb.Part(
+        rank=part.rank,
+        world_size=part.world_size,
+        is_detected=part.is_detected,
+        is_expected=part.is_expected,
+        attempt=part.attempt,
+        patience_s=part.patience_s,
+    )
+
+
+def _decode_part(message: pb.Part) -> Part:
+    if not message.rank < message.world_size <= MAX_WORLD_SIZE:
+        raise InvalidArgument(f"no rank of {message.world_size} processes: {message.rank}")
+    return Part(
+        message.rank,
+        message.world_size,
+        message.is_detected,
+        message.is_expected,
+        message.attempt,
+        message.patience_s if 0 <= message.patience_s < math.inf else 0.0,
+    )
 
 
 def _encode_system(system: System) -> pb.System:

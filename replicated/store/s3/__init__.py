@@ -1,0 +1,1 @@
+"""Objects in a bucket that is spoken to as Amazon S3 is."""

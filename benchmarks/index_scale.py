@@ -23,7 +23,8 @@ from measuring.machine import describe_machine
 
 from replicated.format.listing import build_index
 from replicated.format.pack import DATA_PACK, MAX_PACK_CHUNKS, PackListing, Record
-from replicated.index import INDEX_PREFIX, Index
+from replicated.index import Index
+from replicated.keys import INDEX_PREFIX
 from replicated.store import open_store
 from replicated.store.base import Store
 

@@ -124,7 +124,7 @@ class Repository:
         features = read_sealed(self.root / "repository.json")["features"]
         require(features == [], f"the repository needs the features {features}")
         self.chunks = {}
-        for path in sorted(self.root.glob("index/*")):
+        for path in sorted(self.root.glob("log/index/*")):
             if ID.fullmatch(path.name):
                 for chunk, place in read_index(path):
                     # Rather where it has no base: two chunks may each be a difference to the other somewhere.
@@ -262,27 +262,36 @@ def alternate(lengths, *sources):
 
 
 def list_snapshots(repository):
-    """One line a snapshot: id, number of files, bytes, and whose it is."""
-    owners = {}
+    """One line a snapshot: its name, number of files, bytes, and whose it is."""
     for path in sorted(repository.root.glob("experiments/*.json")):
         if ID.fullmatch(path.stem):
             members = read_sealed(path)
-            owners[path.stem] = f"experiment {members['name'] or members['command']}"
+            show_snapshot(path.stem, members, f"experiment {members['name'] or members['command']}")
     for path in sorted(repository.root.glob("checkpoints/*/*.json")):
-        if ID.fullmatch(path.stem):
-            owners[path.stem] = f"checkpoint of {path.parent.name[:7]}, step {read_sealed(path)['step']}"
-    for path in sorted(repository.root.glob("snapshots/*")):
-        if ID.fullmatch(path.name):
+        if ID.fullmatch(path.stem) and ID.fullmatch(path.parent.name):
             members = read_sealed(path)
-            size = f"{members['files']} files, {members['size_bytes']} bytes"
-            print(f"{path.name}  {size:<30} {owners.get(path.name, '')!a}")
+            owner = f"checkpoint of {path.parent.name[:7]}, step {members['step']}"
+            show_snapshot(f"{path.parent.name}/{path.stem}", members, owner)
 
 
-def extract(repository, snapshot_id, target):
+def show_snapshot(name, members, owner):
+    """A line, if files were saved."""
+    snapshot = members.get("snapshot")
+    if snapshot:
+        size = f"{snapshot['files']} files, {snapshot['size_bytes']} bytes"
+        print(f"{name}  {size:<30} {owner!a}")
+
+
+def extract(repository, name, target):
     """Write a snapshot's files into a new directory."""
-    require(ID.fullmatch(snapshot_id), f"not the id of a snapshot: {snapshot_id}")
-    snapshot = read_sealed(repository.root / "snapshots" / snapshot_id)
-    require(snapshot["id"] == snapshot_id, f"snapshots/{snapshot_id} is another snapshot")
+    experiment_id, _, checkpoint_id = name.partition("/")
+    for part in filter(None, (experiment_id, checkpoint_id)):
+        require(ID.fullmatch(part), f"not the name of a snapshot: {name}")
+    prefix = "checkpoints" if checkpoint_id else "experiments"
+    members = read_sealed(repository.root / prefix / f"{name}.json")
+    require(members["id"] == (checkpoint_id or experiment_id), f"{prefix}/{name}.json is another record")
+    snapshot = members.get("snapshot")
+    require(snapshot, f"no files were saved with {name}")
     os.mkdir(target, 0o700)
     root = snapshot["root"]
     budget = snapshot["files"] + snapshot["directories"] + snapshot["symlinks"]

@@ -17,6 +17,7 @@ from replicate.ids import SnapshotId, short
 from replicate.records import FileEntry, SnapshotState
 from replicated.cache import DEFAULT_CACHE_BYTES, ContentCache
 from replicated.experiments import Experiments, Resolution
+from replicated.keys import snapshot_of
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
 from replicated.tree import Node, Tree, open_tree
@@ -102,10 +103,10 @@ def snapshot_ids(resolution: Resolution) -> Iterator[SnapshotId]:
     has_own_files = checkpoint is not None and bool(checkpoint.paths)
     if summary.record.paths and not (summary.state == "failed" and has_own_files):
         _check_stored(summary.record.id, "experiment", summary.state, summary.error)
-        yield SnapshotId(summary.record.id)
+        yield snapshot_of(summary.record.id)
     if checkpoint is not None and checkpoint.paths:
         _check_stored(checkpoint.id, "checkpoint", checkpoint.state, checkpoint.error)
-        yield SnapshotId(checkpoint.id)
+        yield snapshot_of(summary.record.id, checkpoint.id)
     elif not summary.record.paths:
         named = short(checkpoint.id if checkpoint else summary.record.id)
         raise NotFound(

@@ -24,7 +24,7 @@ from blake3 import blake3
 from replicate import wire
 from replicate._pb import daemon_pb2 as pb
 from replicate.errors import NotFound, ReplicateError, RepositoryUnreachable
-from replicate.ids import CheckpointId, ExperimentId, SnapshotId, short
+from replicate.ids import CheckpointId, ExperimentId, short
 from replicate.records import (
     CheckpointRecord,
     EndStatus,
@@ -36,6 +36,7 @@ from replicate.records import (
 )
 from replicated.catalog_file import catalog_unusable, open_catalog_file, remove_catalog_file
 from replicated.format.metadata import EndEdit
+from replicated.keys import snapshot_of
 from replicated.repository import Repository
 
 _log = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ class Catalog:
             if problem is not None:
                 raise problem
             record = self._repository.load_experiment(ExperimentId(identifier))
-            if record.paths and not self._repository.has_snapshot(SnapshotId(identifier)):
+            if record.paths and not self._repository.has_snapshot(snapshot_of(identifier)):
                 state, error = "failed", "the files were never stored"
         except NotFound:
             return None  # removed since it was listed

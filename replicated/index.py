@@ -8,7 +8,6 @@ Shared by the threads of a process, and by processes (a mount opens it as well):
 from __future__ import annotations
 
 import logging
-import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,18 +15,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
-from replicate.errors import RepositoryIncompatible, RepositoryUnreachable
+from replicate.errors import RepositoryDamaged, RepositoryIncompatible, RepositoryUnreachable
 from replicated.cache_files import CacheFiles
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.listing import parse_index
 from replicated.format.pack import PackListing
+from replicated.keys import LogListing, condemned_key, index_key
+from replicated.log import Log
 from replicated.sqlite import DatabaseUnusable
 from replicated.store.base import KeyMissing, Store
 
-INDEX_PREFIX: Final = "index/"
 #: "RPLX".
 APPLICATION_ID: Final = 0x52504C58
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 
 _SCHEMA = """
 CREATE TABLE packs (
@@ -52,8 +52,24 @@ CREATE TABLE chunks (
     -- A number in `bases`; 0: the chunk stands on its own.
     base INTEGER NOT NULL
 ) WITHOUT ROWID;
--- The index objects whose records are all in `chunks`.
+-- The index objects whose records are all in `chunks`, but for those of condemned packs.
 CREATE TABLE objects (
+    name TEXT PRIMARY KEY,
+    -- Not yet where it was written by this machine and no listing has shown it.
+    is_listed INTEGER NOT NULL
+) WITHOUT ROWID;
+-- Which index objects list a pack: it is known as long as there is one.
+CREATE TABLE listings (
+    pack INTEGER NOT NULL,
+    object TEXT NOT NULL,
+    PRIMARY KEY (pack, object)
+) WITHOUT ROWID;
+CREATE INDEX listings_by_object ON listings (object);
+-- The lists of condemned packs that were taken in, and the packs.
+CREATE TABLE condemned (
+    name TEXT PRIMARY KEY
+) WITHOUT ROWID;
+CREATE TABLE condemned_packs (
     name BLOB PRIMARY KEY
 ) WITHOUT ROWID;
 -- One row, as in Index.generation.
@@ -104,7 +120,6 @@ _CACHE_KIB = 16 << 10
 #: What the write-ahead log may keep of the disk after a large merge.
 _MAX_IDLE_LOG_BYTES = 32 << 20
 
-_OBJECT_KEY = re.compile(INDEX_PREFIX + r"([0-9a-f]{64})")
 #: Ids in one query; SQLite allows some thousand variables.
 _BATCH = 500
 
@@ -138,8 +153,9 @@ class KnownPack(NamedTuple):
 class Index:
     """The index of one repository; see the module's text. One connection behind one lock."""
 
-    def __init__(self, directory: Path, repository_id: str, store: Store) -> None:
+    def __init__(self, directory: Path, repository_id: str, store: Store, log: Log | None = None) -> None:
         self._store = store
+        self._log = log or Log(store)
         self._files = CacheFiles(
             directory,
             repository_id,
@@ -164,8 +180,8 @@ class Index:
     def generation(self) -> int:
         """A random number for as long as what was found here once is still there.
 
-        There is another one once an index object has vanished from the store, because garbage was
-        collected, and when this database was damaged or lost: then everything has to be looked up again.
+        There is another one once packs were condemned, or are listed no more, because garbage was collected,
+        and when this database was damaged or lost: then everything has to be looked up again.
         """
         with self._lock:
             return self._attempt(self._load_generation)
@@ -175,14 +191,32 @@ class Index:
         with self._lock:
             self._connection.close()
 
-    def refresh(self) -> None:
+    def refresh(self) -> LogListing:
         """Take in the index objects that were written since the last time, here or elsewhere.
 
         A damaged one is reported in `damaged_objects` and in the log, and passed over: what it lists is
-        then missing here, which costs readers those chunks and writers only deduplication.
+        then missing here, which costs readers those chunks and writers only deduplication. Gives the listing
+        that it has read.
         """
         with self._lock:
-            self._attempt(self._refresh)
+            return self._attempt(self._refresh)
+
+    def refresh_until(self, is_there: Callable[[LogListing], bool]) -> LogListing | None:
+        """As `refresh`, also for what was written here; None, and nothing done, unless `is_there`.
+
+        What this machine has written and the listing does not show is not there: a store may have said that
+        it has an object and lost it. So the listing must be known to show what was written before.
+        """
+        with self._lock:
+            return self._attempt(lambda: self._refresh_until(is_there))
+
+    def load_listed(self) -> bool:
+        """Take in what the last listing shows, without another one; whether that was anything new."""
+        listing = self._log.last
+        if listing is None:
+            return False
+        with self._lock:
+            return self._attempt(lambda: self._load_new(listing))
 
     def rebuild(self) -> None:
         """Throw the cache away and read all index objects again."""
@@ -193,7 +227,9 @@ class Index:
     def add(self, object_name: str, listings: Sequence[PackListing]) -> None:
         """Take in an index object that was just written."""
         with self._lock:
-            self._attempt(lambda: self._insert([(bytes.fromhex(object_name), listings)]))
+            # Where listings may lag behind, what they do not show yet has not vanished.
+            is_listed = not self._store.capabilities.has_costly_requests
+            self._attempt(lambda: self._insert([(object_name, listings)], is_listed=is_listed))
 
     def locate(self, chunk_ids: Iterable[bytes]) -> dict[bytes, Location]:
         """Where these chunks lie; those that are not known are left out."""
@@ -212,32 +248,94 @@ class Index:
         with self._lock:
             return self._attempt(self._list_packs)
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> LogListing:
         # The known ones first: an object that is written meanwhile must not look like a vanished one.
-        known = {name for (name,) in self._connection.execute("SELECT name FROM objects")}
-        new = []
-        for info in self._store.list(INDEX_PREFIX):
-            if match := _OBJECT_KEY.fullmatch(info.key):
-                name = bytes.fromhex(match.group(1))
-                if name in known:
-                    known.remove(name)
-                else:
-                    new.append(name)
-        if known:
-            # Somebody has collected garbage, or an older copy was put back: nothing can be trusted.
+        known = self._known_objects("WHERE is_listed")
+        return self._take(self._log.list(), known)
+
+    def _refresh_until(self, is_there: Callable[[LogListing], bool]) -> LogListing | None:
+        known = self._known_objects("")
+        listing = self._log.list()
+        return self._take(listing, known) if is_there(listing) else None
+
+    def _known_objects(self, condition: str) -> set[str]:
+        return {name for (name,) in self._connection.execute(f"SELECT name FROM objects {condition}")}
+
+    def _take(self, listing: LogListing, known: set[str]) -> LogListing:
+        """Take in what a listing shows, and give up what of `known` it does not show."""
+        self._load_new(listing)
+        vanished = known.difference(listing.index)
+        if vanished:
+            self._forget(vanished)
+            if self._has_lost_packs():
+                # A listing of many pages may have passed by what came up meanwhile.
+                listing = self._log.list()
+                self._load_new(listing)
+            if self._has_lost_packs():
+                # Somebody has collected garbage, or an older copy was put back: nothing can be trusted.
+                self._start_anew()
+                self._load_new(listing)
+        return listing
+
+    def _load_new(self, listing: LogListing) -> bool:
+        """Take in the objects that are not known yet; whether there were any."""
+        if self._take_condemned(listing):
             self._start_anew()
-            self._refresh()
-            return
+            self._take_condemned(listing)
+        known = self._known_objects("")
+        seen = [(name,) for name in known.intersection(listing.index)]
+        with self._connection as connection:
+            connection.executemany("UPDATE objects SET is_listed = 1 WHERE name = ? AND NOT is_listed", seen)
         damaged: set[str] = set()
-        self._insert(self._load_objects(sorted(new), damaged))
+        new = sorted(listing.index.keys() - known)
+        self._insert(self._load_objects(new, damaged), is_listed=True)
         self._damaged = frozenset(damaged)
+        return len(new) > len(damaged)
+
+    def _take_condemned(self, listing: LogListing) -> bool:
+        """Take in the lists of condemned packs that are new; whether a pack is known that is in one."""
+        known = {name for (name,) in self._connection.execute("SELECT name FROM condemned")}
+        is_relied_on = False
+        for name in sorted(listing.condemned - known):
+            try:
+                packs = [(pack,) for pack in self._log.load_condemned(name)]
+            except Malformed as error:
+                # Nobody knows what not to rely on: better nothing new is stored than something that will go.
+                raise RepositoryDamaged(
+                    f"{condemned_key(name)} in {self._store.url} is damaged: {error}",
+                    hint="`replicate fsck` says how to mend it; what is stored can still be read",
+                    fields={"key": condemned_key(name)},
+                ) from error
+            except NewerFormat as error:
+                raise self._too_new(condemned_key(name), error) from error
+            with self._connection as connection:
+                connection.executemany("INSERT OR IGNORE INTO condemned_packs VALUES (?)", packs)
+                connection.execute("INSERT OR IGNORE INTO condemned VALUES (?)", (name,))
+            for (pack,) in packs:
+                found = self._connection.execute("SELECT 1 FROM packs WHERE name = ?", (pack,)).fetchone()
+                is_relied_on = is_relied_on or found is not None
+        return is_relied_on
+
+    def _forget(self, vanished: Iterable[str]) -> None:
+        """Forget index objects, but not yet what they list."""
+        rows = [(name,) for name in vanished]
+        with self._connection as connection:
+            connection.executemany("DELETE FROM listings WHERE object = ?", rows)
+            connection.executemany("DELETE FROM objects WHERE name = ?", rows)
+
+    def _has_lost_packs(self) -> bool:
+        """Whether a pack is known here that no index object lists any more."""
+        lost = self._connection.execute(
+            "SELECT 1 FROM packs WHERE NOT EXISTS (SELECT 1 FROM listings WHERE pack = number) LIMIT 1"
+        )
+        return lost.fetchone() is not None
 
     def _load_objects(
-        self, names: Iterable[bytes], damaged: set[str]
-    ) -> Iterator[tuple[bytes, list[PackListing]]]:
+        self, names: Iterable[str], damaged: set[str]
+    ) -> Iterator[tuple[str, list[PackListing]]]:
         """Index objects with their names; the keys of those that cannot be read are added to `damaged`."""
         for name in names:
-            key = INDEX_PREFIX + name.hex()
+            key = index_key(name)
             try:
                 yield name, parse_index(self._store.get(key))
             except KeyMissing:
@@ -246,10 +344,13 @@ class Index:
                 damaged.add(key)
                 _log.warning("index object %s in %s is damaged: %s", key, self._store.url, error)
             except NewerFormat as error:
-                raise RepositoryIncompatible(
-                    f"{key} in {self._store.url} was written by a newer version: {error}",
-                    hint="upgrade replicate-vcs; nothing was changed",
-                ) from error
+                raise self._too_new(key, error) from error
+
+    def _too_new(self, key: str, error: NewerFormat) -> RepositoryIncompatible:
+        return RepositoryIncompatible(
+            f"{key} in {self._store.url} was written by a newer version: {error}",
+            hint="upgrade replicate-vcs; nothing was changed",
+        )
 
     def _load_generation(self) -> int:
         found = self._connection.execute("SELECT generation FROM identity").fetchone()
@@ -258,9 +359,9 @@ class Index:
         (generation,) = found
         return int(generation)
 
-    def _insert(self, objects: Iterable[tuple[bytes, Sequence[PackListing]]]) -> None:
+    def _insert(self, objects: Iterable[tuple[str, Sequence[PackListing]]], *, is_listed: bool) -> None:
         """Take in index objects, several at once."""
-        names: list[bytes] = []
+        names: list[str] = []
         row_count = 0
         for name, listings in objects:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -268,18 +369,27 @@ class Index:
                 if not names:
                     connection.execute("DELETE FROM incoming")  # what a failure has left
                 for listing in listings:
-                    self._stage(listing)
+                    self._stage(name, listing)
             names.append(name)
             row_count += sum(len(listing.records) for listing in listings)
             if row_count >= MAX_MERGED_ROWS:
-                self._merge(names)
+                self._merge(names, is_listed=is_listed)
                 names, row_count = [], 0
         if names:
-            self._merge(names)
+            self._merge(names, is_listed=is_listed)
 
-    def _stage(self, listing: PackListing) -> None:
+    def _stage(self, object_name: str, listing: PackListing) -> None:
         connection = self._connection
+        condemned = connection.execute("SELECT 1 FROM condemned_packs WHERE name = ?", (listing.name,))
+        if condemned.fetchone() is not None:
+            return
         pack = _number(connection, "packs", "name", listing.name)
+        is_known = connection.execute(
+            "SELECT 1 FROM listings JOIN objects ON name = object WHERE pack = ? LIMIT 1", (pack,)
+        ).fetchone()
+        connection.execute("INSERT OR IGNORE INTO listings VALUES (?, ?)", (pack, object_name))
+        if is_known:
+            return  # an object that others were merged into
         bases = {record.base for record in listing.records} - {b""}
         base_numbers = {base: _number(connection, "bases", "id", base) for base in sorted(bases)}
         connection.execute(
@@ -293,12 +403,14 @@ class Index:
             ),
         )
 
-    def _merge(self, names: Sequence[bytes]) -> None:
+    def _merge(self, names: Sequence[str], *, is_listed: bool) -> None:
         """Make what is staged known, and these index objects as taken in: both or nothing."""
         with self._connection as connection:
             connection.execute(_MERGE)
             connection.execute("DELETE FROM incoming")
-            connection.executemany("INSERT OR IGNORE INTO objects VALUES (?)", ((name,) for name in names))
+            connection.executemany(
+                "INSERT OR IGNORE INTO objects VALUES (?, ?)", ((name, is_listed) for name in names)
+            )
 
     def _locate(self, wanted: Sequence[bytes]) -> dict[bytes, Location]:
         found: dict[bytes, Location] = {}

@@ -18,16 +18,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from replicate.errors import CaptureFailed, NotFound, ReplicateError
-from replicate.ids import SnapshotId, short
-from replicated.format.metadata import EndEdit, Snapshot, decode_edit
+from replicate.errors import CaptureFailed, NotFound, ReplicateError, RepositoryUnreachable
+from replicate.ids import short
+from replicated.format.manifest import RootNode
+from replicated.format.metadata import EndEdit, decode_edit
 from replicated.journal import Job, Journal
 from replicated.processes import current_boot_id
+from replicated.publishing import Publication, publish_checkpoint, publish_experiment
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
 from replicated.snapshot.capture import Capturer
 from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
+from replicated.snapshot.store_channel import StoredTree
 from replicated.storing import StoreProcessDied, Storing
 
 #: Somebody who waited is likely to wait again: clients ask in steps.
@@ -38,6 +41,8 @@ LONGEST_PAUSE_S = 60.0
 URGENT_PAUSE_S = 2.0
 #: A bug of ours is tried this often before the job fails, so that it cannot block the queue for ever.
 UNEXPECTED_TRIES = 3
+#: Collectors would have to take what is relied on so often in a row; then it waits a while.
+MOST_STORED_ANEW = 5
 
 _AFTER_YOU_S = 0.01
 
@@ -350,23 +355,38 @@ class _Worker:
                 _put_edit(repository, job)
             self._finish(job)
             return
-        snapshot = self._ingest(job) if job.has_files else None
+        for _ in range(MOST_STORED_ANEW):
+            stored = self._ingest(job) if job.has_files else None
+            publication = _publication(job, stored.root if stored else None)
+            if stored is None or self._announce(repository, job, publication, stored):
+                break
+            _log.info("%s: what it relied on was collected meanwhile, storing it again", short(job.id))
+        else:
+            raise RepositoryUnreachable(
+                f"what {short(job.id)} relies on in {job.repository} is collected again and again"
+            )
         with jobs.publishing:
             if not self._is_wanted(job):
+                repository.publisher.withdraw(publication)
                 self._forget(job)
                 return
-            if snapshot is not None:
-                repository.put_snapshot(snapshot)
-            if job.kind == "experiment":
-                repository.put_experiment(job.experiment())
+            if stored is None:
+                repository.publisher.publish(publication)
             else:
-                record = job.checkpoint()
-                # One whose files could not be captured is published too, for the sake of its metrics.
-                stored = record if record.error else dataclasses.replace(record, state="stored")
-                repository.put_checkpoint(stored)
+                repository.publisher.commit(publication)
         self._finish(job)
 
-    def _ingest(self, job: Job) -> Snapshot:
+    def _announce(
+        self, repository: Repository, job: Job, publication: Publication, stored: StoredTree
+    ) -> bool:
+        """Announce what has been stored; whether all of it is there to stay."""
+        with self._jobs.publishing:
+            if not self._is_wanted(job):
+                return True  # nothing is committed
+            repository.publisher.announce(publication)
+        return repository.publisher.settle(publication, stored.generation)
+
+    def _ingest(self, job: Job) -> StoredTree:
         """Bring the files of a job into the repository; nothing is visible to readers yet."""
         jobs = self._jobs
         if job.id in jobs._lost:
@@ -375,7 +395,7 @@ class _Worker:
             raise CaptureFailed("the machine restarted before the captured files were safe on disk")
         jobs._frozen.capturer.finish(job.id)
         limits = [limit for limit in (job.upload_limit, jobs._upload_limit) if limit]
-        root = self._storing.ingest(
+        return self._storing.ingest(
             job.repository,
             job.experiment_id,
             job.id,
@@ -385,7 +405,6 @@ class _Worker:
             on_progress=self._on_progress,
             is_urgent=lambda: jobs.is_urgent,
         )
-        return Snapshot(SnapshotId(job.id), root)
 
     def _forget(self, job: Job) -> None:
         """Give up what was frozen for a job."""
@@ -452,3 +471,12 @@ def _put_edit(repository: Repository, job: Job) -> None:
     repository.put_edit(job.experiment_id, job.id, edit)
     if isinstance(edit, EndEdit):
         repository.delete_heartbeat(job.experiment_id)
+
+
+def _publication(job: Job, root: RootNode | None) -> Publication:
+    """What is published of an experiment or a checkpoint that is stored."""
+    if job.kind == "experiment":
+        return publish_experiment(job.experiment(), root)
+    record = job.checkpoint()
+    # One whose files could not be captured is published too, for the sake of its metrics.
+    return publish_checkpoint(record if record.error else dataclasses.replace(record, state="stored"), root)

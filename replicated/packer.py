@@ -19,10 +19,9 @@ from replicated.buffers import Buffers
 from replicated.chunk.codec import HASH_BYTES, Encoded, encode
 from replicated.format.listing import build_index
 from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing, builder_bytes
-from replicated.index import INDEX_PREFIX, Index
+from replicated.index import Index
+from replicated.keys import index_key, levelled_name, pack_key
 from replicated.store.base import Store
-
-PACK_PREFIX: Final = "packs/"
 
 #: An index object is written once the packs since the last one have so many bytes or chunks.
 INDEX_AFTER_BYTES: Final = 256 << 20
@@ -186,7 +185,7 @@ class Packer:
     def _upload(self, builder: PackBuilder) -> None:
         name = self._random_name()
         parts = builder.seal()
-        self._store.put(pack_key(name), parts)
+        self._store.put(pack_key(name), parts, is_unique=True)
         size = sum(map(len, parts))
         self._unlisted.append(PackListing(name, builder.kind, size, tuple(builder.records)))
         if (
@@ -198,8 +197,8 @@ class Packer:
     def _write_index(self) -> None:
         if not self._unlisted:
             return
-        name = self._random_name().hex()
-        self._store.put(INDEX_PREFIX + name, [build_index(self._unlisted)])
+        name = levelled_name(0, self._random_name().hex())
+        self._store.put(index_key(name), [build_index(self._unlisted)], is_unique=True, is_checked=False)
         self._index.add(name, self._unlisted)
         with self._claims_lock:
             self._claimed.difference_update(
@@ -228,9 +227,3 @@ def make_pack_memory() -> PackMemory:
 def _encode(chunks: Sequence[Chunk]) -> Iterator[Encoded]:
     for chunk in chunks:
         yield encode(chunk.plain, chunk.item_bytes)
-
-
-def pack_key(name: bytes) -> str:
-    """The key of a pack."""
-    text = name.hex()
-    return f"{PACK_PREFIX}{text[:2]}/{text}"

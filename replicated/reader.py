@@ -30,7 +30,7 @@ from replicated.format.manifest import (
 )
 from replicated.format.pack import parse_pack
 from replicated.index import Index, Location
-from replicated.packer import pack_key
+from replicated.keys import pack_key
 from replicated.store.base import KeyMissing, Store
 
 #: Chunks in one pack are read together when no more than this lies between them.

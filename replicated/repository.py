@@ -1,15 +1,13 @@
 """A repository: experiments, checkpoints and the snapshots of their files, in a store.
 
-Writing goes through `writer` (files and trees become chunks in packs) and then the `put_` methods, in
-the order packs → index → snapshot → record; reading goes the other way, so a reader never sees a part
-of a snapshot. The keys of all objects but packs and index objects are made here. Who runs when is not
-decided here.
+Writing goes through `writer` (files and trees become chunks in packs) and then `publishing`, in the order
+packs → index → announcement → record; reading goes the other way, so a reader never sees a part of a
+snapshot. Who runs when is not decided here.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from replicate.errors import (
-    InternalError,
     NotFound,
     NotStored,
     RepositoryDamaged,
@@ -30,24 +27,41 @@ from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.cache import ContentCache
 from replicated.format import metadata
 from replicated.format.canonical import Malformed, NewerFormat
-from replicated.format.manifest import ChunkList, DirectoryNode
+from replicated.format.manifest import ChunkList, DirectoryNode, RootNode
 from replicated.format.metadata import Edit, Heartbeat, Snapshot
 from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
-from replicated.index import INDEX_PREFIX, Index, Location
-from replicated.packer import PACK_PREFIX
+from replicated.index import Index, Location
+from replicated.keys import (
+    CHECKPOINT_PREFIX,
+    EDIT_PREFIX,
+    EXPERIMENT_PREFIX,
+    LOG_PREFIX,
+    PACK_PREFIX,
+    SETTINGS_KEY,
+    SHARD_PREFIX,
+    Announced,
+    checkpoint_key,
+    edit_key,
+    experiment_key,
+    heartbeat_key,
+    id_of_record,
+    parse_snapshot_id,
+    snapshot_of,
+)
+from replicated.log import Log
+from replicated.publishing import (
+    Publisher,
+    publish_checkpoint,
+    publish_edit,
+    publish_experiment,
+    publish_removal,
+)
 from replicated.reader import ChunkMemory, ChunkReader
 from replicated.store import open_store
 from replicated.store.base import KeyMissing, Store
 
 if TYPE_CHECKING:
     from replicated.writer import SnapshotWriter, WriteMemories
-
-SETTINGS_KEY: Final = "repository.json"
-EXPERIMENT_PREFIX: Final = "experiments/"
-CHECKPOINT_PREFIX: Final = "checkpoints/"
-EDIT_PREFIX: Final = "edits/"
-HEARTBEAT_PREFIX: Final = "heartbeats/"
-SNAPSHOT_PREFIX: Final = "snapshots/"
 
 #: Chunks and nodes that a reader keeps in memory.
 MEMORY_BYTES: Final = 48 << 20
@@ -56,8 +70,6 @@ _MEMORY = ChunkMemory(MEMORY_BYTES)
 
 #: The clocks of two machines that share a file system may differ by so much, and of one by a tick.
 _SETTLED_NS = 2 * 10**9
-
-_ID_NAME = re.compile(r"([0-9a-f]{64})\.json")
 
 T = TypeVar("T")
 
@@ -81,7 +93,9 @@ class Repository:
         self._store = store
         self._content = None if store.capabilities.is_near else content
         self._settings = settings
-        self._index = Index(cache / "index", settings.id, store)
+        self._log = Log(store)
+        self._index = Index(cache / "index", settings.id, store, self._log)
+        self._publisher = Publisher(store, self._index)
         memory = _MEMORY if memory_bytes is None else ChunkMemory(memory_bytes)
         self._reader = ChunkReader(store, self._index, memory, self._content)
         # Guards the memories, which are there once something was written.
@@ -149,6 +163,16 @@ class Repository:
         """Which chunk lies where."""
         return self._index
 
+    @property
+    def log(self) -> Log:
+        """What was written lately."""
+        return self._log
+
+    @property
+    def publisher(self) -> Publisher:
+        """Makes records visible."""
+        return self._publisher
+
     def close(self) -> None:
         """Give up the local index and what is kept in memory; may be called twice."""
         self._reader.close()
@@ -181,40 +205,34 @@ class Repository:
                 hint="check its permissions, and whether the file system is mounted read-only",
             )
 
-    def put_snapshot(self, snapshot: Snapshot) -> None:
-        """Commit a snapshot whose tree a writer has finished: from now on readers see it."""
-        node = [snapshot.root.node]
-        if self._index.find_missing(node):
-            self._index.refresh()  # another process stored it, and may have made its own index anew
-        if self._index.find_missing(node):
-            raise InternalError(f"the tree of snapshot {snapshot.id} was not stored before the snapshot")
-        self._store.put(_snapshot_key(snapshot.id), [metadata.encode_snapshot(snapshot)])
+    def put_experiment(self, record: ExperimentRecord, root: RootNode | None = None) -> None:
+        """Write what `init` recorded; its files, if it has a `root`, are stored and nothing collects."""
+        self._publisher.publish(publish_experiment(record, root))
 
-    def put_experiment(self, record: ExperimentRecord) -> None:
-        """Write what `init` recorded."""
-        self._store.put(_experiment_key(record.id), [metadata.encode_experiment(record)])
-
-    def put_checkpoint(self, record: CheckpointRecord) -> None:
-        """Write a checkpoint, in state stored (after its snapshot) or failed."""
-        key = _checkpoint_key(record.experiment_id, record.id)
-        self._store.put(key, [metadata.encode_checkpoint(record)])
+    def put_checkpoint(self, record: CheckpointRecord, root: RootNode | None = None) -> None:
+        """Write a checkpoint, in state stored or failed; its files as for `put_experiment`."""
+        self._publisher.publish(publish_checkpoint(record, root))
 
     def put_edit(self, experiment_id: ExperimentId, edit_id: str, edit: Edit) -> None:
         """Write an edit under an id that the caller chose (`ids.new_id`), so that it can be repeated."""
-        self._store.put(_edit_key(experiment_id, edit_id), [metadata.encode_edit(edit)])
+        self._publisher.publish(publish_edit(experiment_id, edit_id, edit))
 
     def put_heartbeat(self, heartbeat: Heartbeat) -> None:
         """Overwrite the sign of life of an experiment; not durable."""
-        self._store.replace(_heartbeat_key(heartbeat.experiment_id), metadata.encode_heartbeat(heartbeat))
+        self._store.replace(heartbeat_key(heartbeat.experiment_id), metadata.encode_heartbeat(heartbeat))
 
     def delete_heartbeat(self, experiment_id: ExperimentId) -> None:
         """Remove the sign of life of an experiment."""
-        self._store.delete(_heartbeat_key(experiment_id))
+        self._store.delete(heartbeat_key(experiment_id))
 
     def delete_checkpoint(self, experiment_id: ExperimentId, checkpoint_id: CheckpointId) -> None:
-        """Remove a checkpoint's record and then its snapshot; chunks stay until they are collected."""
+        """Remove a checkpoint's record, and so its snapshot; chunks stay until they are collected."""
+        self._announce_removal(experiment_id, checkpoint_id)
+        announced = Announced("checkpoint", experiment_id, checkpoint_id)
         self._store.delete(
-            _checkpoint_key(experiment_id, checkpoint_id), _snapshot_key(SnapshotId(checkpoint_id))
+            announced.record_key,
+            announced.key,
+            *self._list_keys(f"{SHARD_PREFIX}{experiment_id}/{checkpoint_id}/"),
         )
 
     def delete_experiment(self, experiment_id: ExperimentId) -> None:
@@ -222,34 +240,54 @@ class Repository:
 
         The experiment goes last, so that after an interruption it can be named again. May be repeated.
         """
-        checkpoints = self.list_checkpoint_ids(experiment_id)
+        self._announce_removal(experiment_id, experiment_id)
+        announced = [key for key in self._log.list().new if key.experiment_id == experiment_id]
         self._store.delete(
-            _heartbeat_key(experiment_id),
-            *(_checkpoint_key(experiment_id, checkpoint) for checkpoint in checkpoints),
-            *(_snapshot_key(SnapshotId(checkpoint)) for checkpoint in checkpoints),
-            *(_edit_key(experiment_id, edit) for edit in self.list_edit_ids(experiment_id)),
-            _experiment_key(experiment_id),
-            _snapshot_key(SnapshotId(experiment_id)),
+            *self._list_keys(f"{CHECKPOINT_PREFIX}{experiment_id}/"),
+            *self._list_keys(f"{SHARD_PREFIX}{experiment_id}/"),
+            *self._list_keys(f"{EDIT_PREFIX}{experiment_id}/"),
+            *(item.key for item in announced if item.kind != "removal"),
+            experiment_key(experiment_id),
         )
+
+    def _announce_removal(self, experiment_id: ExperimentId, removed_id: str) -> None:
+        """Tell those who do not list all records that one of them is gone."""
+        if self._store.capabilities.has_costly_requests:
+            self._publisher.announce(publish_removal(experiment_id, removed_id, utc_now()))
+
+    def _list_keys(self, prefix: str) -> list[str]:
+        return [info.key for info in self._store.list(prefix)]
 
     # Reading
 
     def load_snapshot(self, snapshot_id: SnapshotId) -> Snapshot:
         """The snapshot; raises `NotStored` when it is not in the repository."""
+        experiment_id, checkpoint_id = parse_snapshot_id(snapshot_id)
+        if checkpoint_id is None:
+            key = experiment_key(experiment_id)
+        else:
+            key = checkpoint_key(experiment_id, checkpoint_id)
         try:
-            snapshot = self._load(_snapshot_key(snapshot_id), metadata.decode_snapshot)
+            snapshot = self._load(key, metadata.decode_snapshot)
         except KeyMissing:
+            snapshot = None
+        if snapshot is None:
+            identifier = checkpoint_id or experiment_id
             raise NotStored(
-                f"the files of {short(snapshot_id)} are not in {self.url}",
+                f"the files of {short(identifier)} are not in {self.url}",
                 hint="`replicate status` shows what is still being stored",
-                fields={"id": snapshot_id},
-            ) from None
-        self._check_id(_snapshot_key(snapshot_id), snapshot.id, snapshot_id)
+                fields={"id": identifier},
+            )
+        self._check_id(key, snapshot.id, snapshot_id)
         return snapshot
 
     def has_snapshot(self, snapshot_id: SnapshotId) -> bool:
         """Whether the snapshot is in the repository."""
-        return self._store.exists(_snapshot_key(snapshot_id))
+        try:
+            self.load_snapshot(snapshot_id)
+        except NotStored:
+            return False
+        return True
 
     def read_node(self, node_id: bytes) -> bytes:
         """The bytes of a tree node, verified by hash."""
@@ -291,9 +329,13 @@ class Repository:
         return self._reader.read_many(chunk_ids, lengths, is_once=is_once, is_cached=is_cached)
 
     def list_snapshot_ids(self) -> list[SnapshotId]:
-        """Every snapshot, in no order."""
-        names = (info.key.removeprefix(SNAPSHOT_PREFIX) for info in self._store.list(SNAPSHOT_PREFIX))
-        return [SnapshotId(name) for name in names if is_id(name)]
+        """What may be a snapshot, in no order: all experiments and checkpoints, also those without files."""
+        found = [snapshot_of(experiment_id) for experiment_id in self.list_experiment_ids()]
+        for key in self._list_keys(CHECKPOINT_PREFIX):
+            experiment_id, _, name = key.removeprefix(CHECKPOINT_PREFIX).partition("/")
+            if is_id(experiment_id) and (identifier := id_of_record(name)):
+                found.append(snapshot_of(experiment_id, identifier))
+        return found
 
     def experiments_token(self) -> object:
         """What is equal as long as no experiment was added or removed; None where that costs a request."""
@@ -318,7 +360,7 @@ class Repository:
 
     def load_experiment(self, experiment_id: ExperimentId) -> ExperimentRecord:
         """The experiment; raises `NotFound`."""
-        key = _experiment_key(experiment_id)
+        key = experiment_key(experiment_id)
         try:
             record = self._load(key, metadata.decode_experiment)
         except KeyMissing:
@@ -332,7 +374,7 @@ class Repository:
 
     def load_checkpoint(self, experiment_id: ExperimentId, checkpoint_id: CheckpointId) -> CheckpointRecord:
         """The checkpoint; raises `NotFound`."""
-        key = _checkpoint_key(experiment_id, checkpoint_id)
+        key = checkpoint_key(experiment_id, checkpoint_id)
         try:
             record = self._load(key, metadata.decode_checkpoint)
         except KeyMissing:
@@ -348,7 +390,7 @@ class Repository:
     def load_edit(self, experiment_id: ExperimentId, edit_id: str) -> Edit | None:
         """The edit, or None when it is of a kind that this version does not know; raises `NotFound`."""
         try:
-            return self._load(_edit_key(experiment_id, edit_id), metadata.decode_edit)
+            return self._load(edit_key(experiment_id, edit_id), metadata.decode_edit)
         except KeyMissing:
             raise self._not_found("edit", edit_id) from None
 
@@ -360,7 +402,7 @@ class Repository:
     def load_heartbeat(self, experiment_id: ExperimentId) -> Heartbeat | None:
         """The latest sign of life, or None when there is none or it cannot be read."""
         try:
-            return metadata.decode_heartbeat(self._store.get(_heartbeat_key(experiment_id)))
+            return metadata.decode_heartbeat(self._store.get(heartbeat_key(experiment_id)))
         except (KeyMissing, Malformed, NewerFormat):
             return None
 
@@ -369,8 +411,8 @@ class Repository:
         return self._reader.locate(chunk_ids)
 
     def _list_ids(self, prefix: str) -> list[str]:
-        names = (_ID_NAME.fullmatch(info.key.removeprefix(prefix)) for info in self._store.list(prefix))
-        return [name.group(1) for name in names if name]
+        names = (id_of_record(info.key.removeprefix(prefix)) for info in self._store.list(prefix))
+        return [name for name in names if name]
 
     def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
         return _decode(self._store, key, decode)
@@ -402,7 +444,7 @@ def _create(store: Store) -> None:
 
 def _refuse_headless(store: Store) -> None:
     """Raise `RepositoryDamaged` when there are objects but not the one that says what they are."""
-    for prefix in (SNAPSHOT_PREFIX, EXPERIMENT_PREFIX, INDEX_PREFIX, PACK_PREFIX):
+    for prefix in (LOG_PREFIX, EXPERIMENT_PREFIX, PACK_PREFIX):
         if next(store.list(prefix), None) is not None:
             raise RepositoryDamaged(
                 f"{SETTINGS_KEY} is missing in {store.url}, though there are objects below {prefix}",
@@ -439,23 +481,3 @@ def _decode(store: Store, key: str, decode: Callable[[bytes], T]) -> T:
             hint="upgrade replicate-vcs; nothing was changed",
             fields={"key": key},
         ) from error
-
-
-def _experiment_key(experiment_id: ExperimentId) -> str:
-    return f"{EXPERIMENT_PREFIX}{experiment_id}.json"
-
-
-def _checkpoint_key(experiment_id: ExperimentId, checkpoint_id: CheckpointId) -> str:
-    return f"{CHECKPOINT_PREFIX}{experiment_id}/{checkpoint_id}.json"
-
-
-def _edit_key(experiment_id: ExperimentId, edit_id: str) -> str:
-    return f"{EDIT_PREFIX}{experiment_id}/{edit_id}.json"
-
-
-def _heartbeat_key(experiment_id: ExperimentId) -> str:
-    return f"{HEARTBEAT_PREFIX}{experiment_id}.json"
-
-
-def _snapshot_key(snapshot_id: SnapshotId) -> str:
-    return f"{SNAPSHOT_PREFIX}{snapshot_id}"

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
-from replicated.format.manifest import RootNode
 from replicated.priority import set_priority
 from replicated.snapshot import store_channel
 from replicated.snapshot.entries import unpack_root
@@ -29,6 +28,7 @@ from replicated.snapshot.store_channel import (
     Channel,
     ChannelClosed,
     Message,
+    StoredTree,
     StoringBroken,
     StoringFailed,
 )
@@ -82,8 +82,8 @@ class Storing:
         upload_limit: int,
         on_progress: Callable[[int], None],
         is_urgent: Callable[[], bool] = lambda: False,
-    ) -> RootNode:
-        """Bring what was captured into the repository; the root that is to be committed.
+    ) -> StoredTree:
+        """Bring what was captured into the repository; what is to be announced and committed.
 
         Empty `entries` are read from the spool directory. `upload_limit` is in bytes a second, 0 for
         none. `on_progress` gets the bytes of content done so far, from time to time also when that is no
@@ -118,7 +118,8 @@ class Storing:
                 # It left, having been idle, before it saw that there is something to do again.
         if answer.kind != store_channel.DONE:
             raise store_channel.failure_of(answer)
-        return unpack_root(answer.values)
+        generation, *root = answer.values
+        return StoredTree(generation, unpack_root(tuple(root)))
 
     def stop(self) -> None:
         """End the process; may be repeated, and another ingest starts another one."""

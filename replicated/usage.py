@@ -21,7 +21,7 @@ from replicated.experiments import Experiments
 from replicated.format.pack import ENTRY, FOOTER, HEADER, RECORD
 from replicated.idset import IdSet
 from replicated.index import Location
-from replicated.packer import PACK_PREFIX, pack_key
+from replicated.keys import PACK_PREFIX, pack_key, parse_snapshot_id, snapshot_of
 from replicated.references import StoredChunk, iter_chunks
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
@@ -64,7 +64,8 @@ class Usage:
 class UnreadableSnapshot:
     """A snapshot that is counted nowhere."""
 
-    id: SnapshotId
+    #: Of the experiment or checkpoint whose files it has.
+    id: str
     #: Empty when no record of an experiment that can be read names it.
     experiment_id: str
     error: str
@@ -124,8 +125,8 @@ class _Survey:
         """Count an experiment for the total and, if it is wanted, on its own."""
         own = _Census(self._locate) if is_wanted else None
         checkpoints = self._repository.list_checkpoint_ids(experiment_id)
-        for name in (experiment_id, *checkpoints):
-            if (snapshot_id := SnapshotId(name)) in self._left:
+        for checkpoint_id in ("", *checkpoints):
+            if (snapshot_id := snapshot_of(experiment_id, checkpoint_id)) in self._left:
                 self._take(snapshot_id, experiment_id, own)
         return own.usage(experiment_id) if own is not None else None
 
@@ -163,7 +164,7 @@ class _Survey:
         except (RepositoryDamaged, RepositoryIncompatible) as error:
             for census in censuses:
                 census.undo()
-            self.unreadable.append(UnreadableSnapshot(snapshot_id, experiment_id, error.message))
+            self.unreadable.append(UnreadableSnapshot(_owner(snapshot_id), experiment_id, error.message))
         else:
             for census in censuses:
                 census.keep(snapshot.root.size_bytes)
@@ -173,6 +174,11 @@ class _Survey:
         for place in places:
             self._objects.check_pack(place.pack)
         return places
+
+
+def _owner(snapshot_id: SnapshotId) -> str:
+    experiment_id, checkpoint_id = parse_snapshot_id(snapshot_id)
+    return checkpoint_id or experiment_id
 
 
 class _Objects:

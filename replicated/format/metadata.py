@@ -1,5 +1,6 @@
-"""Experiments, checkpoints, edits and snapshots as the JSON objects of a repository, and back.
+"""Experiments, checkpoints and edits as the JSON objects of a repository, and back.
 
+The record of an experiment or checkpoint that saved files holds the root of their tree: its snapshot.
 Members that this version does not know are ignored, members that it needs are checked by type: an
 object that cannot be a record is `Malformed`, one of a later version `NewerFormat`. Heartbeats are
 overwritten all the time and not sealed; the rest is written once.
@@ -7,12 +8,12 @@ overwritten all the time and not sealed; the rest is written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias, TypeVar, get_args
 
-from replicate.ids import CheckpointId, ExperimentId, SnapshotId
+from replicate.ids import CheckpointId, ExperimentId, SnapshotId, is_id
 from replicate.records import (
     GOALS,
     CheckpointRecord,
@@ -47,6 +48,7 @@ T = TypeVar("T")
 class Snapshot:
     """The files of one experiment or checkpoint, complete in the repository."""
 
+    #: As made by `keys.snapshot_of`.
     id: SnapshotId
     root: RootNode
 
@@ -85,8 +87,8 @@ class Heartbeat:
 # Experiments
 
 
-def encode_experiment(record: ExperimentRecord) -> bytes:
-    """`experiments/<id>.json`."""
+def encode_experiment(record: ExperimentRecord, root: RootNode | None = None) -> bytes:
+    """`experiments/<id>.json`; with the root of the files that it saved, if it did."""
     return _seal(
         {
             "id": record.id,
@@ -104,6 +106,7 @@ def encode_experiment(record: ExperimentRecord) -> bytes:
             "git": _encode_git(record.git),
             "replicate_version": record.replicate_version,
             "process": _encode_process(record.process),
+            **_snapshot_member(root),
         }
     )
 
@@ -133,8 +136,8 @@ def decode_experiment(data: bytes) -> ExperimentRecord:
 # Checkpoints
 
 
-def encode_checkpoint(record: CheckpointRecord) -> bytes:
-    """`checkpoints/<experiment id>/<id>.json`; the state is stored or failed."""
+def encode_checkpoint(record: CheckpointRecord, root: RootNode | None = None) -> bytes:
+    """`checkpoints/<experiment id>/<id>.json`; the state is stored or failed, with a `root` stored."""
     if record.state == "captured":
         raise ValueError(f"a checkpoint that is not stored yet has no place in a repository: {record.id}")
     primary = record.primary_metric
@@ -149,6 +152,7 @@ def encode_checkpoint(record: CheckpointRecord) -> bytes:
             "primary_metric": None if primary is None else {"name": primary.name, "goal": primary.goal},
             "state": record.state,
             "error": record.error,
+            **_snapshot_member(root),
         }
     )
 
@@ -217,41 +221,76 @@ def decode_heartbeat(data: bytes) -> Heartbeat:
     )
 
 
-# Snapshots
+# What is gone, or is about to go
 
 
-def encode_snapshot(snapshot: Snapshot) -> bytes:
-    """`snapshots/<id>`."""
-    root = snapshot.root
-    seconds, nanoseconds = divmod(root.mtime_ns, NANOSECONDS)
+def encode_removal(removed: datetime) -> bytes:
+    """`log/new/x-…`: that an experiment or a checkpoint was removed."""
+    return _seal({"removed": format_time(removed)})
+
+
+def encode_condemned(packs: Iterable[bytes], condemned: datetime, host: str) -> bytes:
+    """`log/condemned/<64 hex>`: names of packs that nobody may rely on any more."""
     return _seal(
-        {
-            "id": snapshot.id,
-            # Two integers, because in many languages the numbers of JSON are floats.
-            "root": {"node": root.node.hex(), "mode": root.mode, "mtime": [seconds, nanoseconds]},
-            "files": root.files,
-            "directories": root.directories,
-            "symlinks": root.symlinks,
-            "size_bytes": root.size_bytes,
-        }
+        {"condemned": format_time(condemned), "host": host, "packs": sorted(name.hex() for name in packs)}
     )
 
 
-def decode_snapshot(data: bytes) -> Snapshot:
-    """What `encode_snapshot` wrote."""
+def decode_condemned(data: bytes) -> frozenset[bytes]:
+    """The packs in what `encode_condemned` wrote."""
+    names = _unseal(data).strings("packs")
+    if not all(is_id(name) for name in names):
+        raise Malformed("member 'packs' holds something that is not the name of a pack")
+    return frozenset(map(bytes.fromhex, names))
+
+
+# Snapshots
+
+
+def decode_snapshot(data: bytes) -> Snapshot | None:
+    """The snapshot in the record of an experiment or a checkpoint; None when it has none."""
     members = _unseal(data)
-    root = members.object("root")
-    return Snapshot(
-        id=SnapshotId(members.id("id")),
-        root=RootNode(
-            node=root.digest("node"),
-            mode=root.natural("mode", maximum=MAX_MODE),
-            mtime_ns=_decode_mtime(root),
-            files=members.natural("files"),
-            directories=members.natural("directories"),
-            symlinks=members.natural("symlinks"),
-            size_bytes=members.natural("size_bytes"),
-        ),
+    root = decode_root(members)
+    if root is None:
+        return None
+    name = members.id("id")
+    if experiment_id := members.get("experiment_id", str, ""):
+        members.id("experiment_id")
+        name = f"{experiment_id}/{name}"
+    return Snapshot(SnapshotId(name), root)
+
+
+def _snapshot_member(root: RootNode | None) -> dict[str, Any]:
+    return {} if root is None else {"snapshot": encode_root(root)}
+
+
+def encode_root(root: RootNode) -> dict[str, Any]:
+    """The member `snapshot` of a record."""
+    seconds, nanoseconds = divmod(root.mtime_ns, NANOSECONDS)
+    return {
+        # Two integers, because in many languages the numbers of JSON are floats.
+        "root": {"node": root.node.hex(), "mode": root.mode, "mtime": [seconds, nanoseconds]},
+        "files": root.files,
+        "directories": root.directories,
+        "symlinks": root.symlinks,
+        "size_bytes": root.size_bytes,
+    }
+
+
+def decode_root(members: Members) -> RootNode | None:
+    """What `encode_root` made, out of the record that holds it."""
+    snapshot = members.optional("snapshot")
+    if snapshot is None:
+        return None
+    root = snapshot.object("root")
+    return RootNode(
+        node=root.digest("node"),
+        mode=root.natural("mode", maximum=MAX_MODE),
+        mtime_ns=_decode_mtime(root),
+        files=snapshot.natural("files"),
+        directories=snapshot.natural("directories"),
+        symlinks=snapshot.natural("symlinks"),
+        size_bytes=snapshot.natural("size_bytes"),
     )
 
 

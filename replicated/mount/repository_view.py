@@ -32,6 +32,7 @@ from replicated.catalog import Catalog, CatalogEntry, Place
 from replicated.directories import FixedListing, Listing, Node
 from replicated.file_reader import BytesReader
 from replicated.format.metadata import encode_checkpoint, encode_experiment
+from replicated.keys import snapshot_of
 from replicated.mount.filesystem import NAME_MAX
 from replicated.mount.reading.open_files import Reader
 from replicated.repository import Repository
@@ -340,14 +341,14 @@ class RepositoryView:
 
 def _code(entry: CatalogEntry) -> tuple[SnapshotId, ...]:
     """The snapshot of what `init` saved, if it saved something and that is stored."""
-    return (SnapshotId(entry.record.id),) if entry.record.paths and entry.state == "stored" else ()
+    return (snapshot_of(entry.record.id),) if entry.record.paths and entry.state == "stored" else ()
 
 
 def _files(code: tuple[SnapshotId, ...], checkpoint: CheckpointRecord) -> tuple[SnapshotId, ...]:
     """What a checkpoint shows: its files over the experiment's, as `checkout` does; empty for nothing."""
     if checkpoint.state != "stored":
         return ()
-    return (*code, SnapshotId(checkpoint.id)) if checkpoint.paths else code
+    return (*code, snapshot_of(checkpoint.experiment_id, checkpoint.id)) if checkpoint.paths else code
 
 
 def _checkpoint_name(checkpoint: CheckpointRecord) -> bytes:

@@ -40,6 +40,7 @@ from replicated.snapshot.entries import (
 from replicated.snapshot.frozen import FrozenFiles, open_unchanged
 from replicated.snapshot.keyframes import Keyframes
 from replicated.snapshot.remembered import Remembered
+from replicated.snapshot.store_channel import StoredTree
 from replicated.snapshot.treecache import CachedDirectory, CachedTree, TreeCache
 from replicated.writer import SnapshotWriter
 
@@ -59,8 +60,8 @@ def ingest(
     *,
     keyframes: Keyframes | None = None,
     experiment: str = "",
-) -> RootNode:
-    """Store what was captured; the root that is to be committed with `put_snapshot`.
+) -> StoredTree:
+    """Store what was captured; what is to be announced and committed (`publishing`).
 
     When this returns, all chunks are durable and indexed, and nothing is visible to readers yet.
     `on_progress` gets the bytes of content done so far, known ones too. With `keyframes`, tensors may be
@@ -88,7 +89,7 @@ def ingest(
             if cache is not None:
                 tree = (header.tree_key, CachedTree(snapshot_id, root, generation))
                 remembered.tell(cache, tree if header.tree_key else None)
-    return root
+    return StoredTree(generation, root)
 
 
 class _Series(NamedTuple):

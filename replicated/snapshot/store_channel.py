@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgpack
 
 from replicate.errors import ReplicateError, from_code
+from replicated.format.manifest import RootNode
 
 #: From the daemon: [url, experiment, snapshot, entries, spool directory, bytes a second].
 INGEST: Final = "ingest"
@@ -31,7 +32,7 @@ OPEN_HELD: Final = "open held"
 PROGRESS: Final = "progress"
 #: From the process: [level, logger, text].
 LOG: Final = "log"
-#: From the process: a root as `entries.pack_root`.
+#: From the process: [generation, *a root as `entries.pack_root`].
 DONE: Final = "done"
 #: From the process: it was aborted.
 ABORTED: Final = "aborted"
@@ -57,6 +58,13 @@ class Message(NamedTuple):
     kind: str
     values: tuple[Any, ...]
     descriptor: int | None = None
+
+
+class StoredTree(NamedTuple):
+    """A tree that is in the repository, and the `Index.generation` under which all of it was found or put."""
+
+    generation: int
+    root: RootNode
 
 
 class ChannelClosed(Exception):

@@ -28,7 +28,6 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple
 
 from replicate.ids import SnapshotId
-from replicated.format.manifest import RootNode
 from replicated.heap import keep_memory
 from replicated.repositories import OpenRepositories
 from replicated.snapshot import store_channel
@@ -37,7 +36,7 @@ from replicated.snapshot.frozen import FrozenFiles
 from replicated.snapshot.ingest import ingest
 from replicated.snapshot.keyframes import Keyframes
 from replicated.snapshot.spool import Spool
-from replicated.snapshot.store_channel import Channel, ChannelClosed, Message
+from replicated.snapshot.store_channel import Channel, ChannelClosed, Message, StoredTree
 from replicated.snapshot.treecache import TreeCache
 from replicated.store.limited import LimitedStore, UploadInterrupted, UploadLimit
 
@@ -145,7 +144,8 @@ class _StoreProcess:
 
     def _answer(self, request: Message) -> tuple[Any, ...]:
         try:
-            return store_channel.DONE, *pack_root(self._ingest(*request.values[:-1]))
+            stored = self._ingest(*request.values[:-1])
+            return store_channel.DONE, stored.generation, *pack_root(stored.root)
         except (_Aborted, UploadInterrupted):
             return (store_channel.ABORTED,)
         except ChannelClosed:
@@ -155,7 +155,7 @@ class _StoreProcess:
 
     def _ingest(
         self, url: str, experiment: str, snapshot: str, entries: bytes, spool_directory: bytes
-    ) -> RootNode:
+    ) -> StoredTree:
         spool = Path(os.fsdecode(spool_directory))
         pieces = [entries] if entries else Spool(spool.parent).read_entries(spool.name)
         repository = self._repositories.get(url)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicate.errors import InternalError, RepositoryDamaged
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.checkout.reading import BATCH_BYTES, MAX_BATCHES, ReadAhead
 from replicated.file_reader import MAX_FETCH_BYTES
 from replicated.format.manifest import TreeEntry
@@ -163,7 +164,7 @@ def save(repository, contents):
         root = writer.add_tree(entries)
         writer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     return open_tree(repository, snapshot.id)
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.browse import Browser, Opened
 from replicated.format.manifest import TreeEntry
-from replicated.format.metadata import Snapshot
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
 from replicated.tree import open_tree
@@ -39,7 +39,7 @@ def reading(request, tmp_path):
                 ]
             )
             writer.finish()
-        repository.put_snapshot(Snapshot(identifier, root))
+        repository.put_experiment(ExperimentRecord(ExperimentId(identifier), utc_now()), root)
     repositories = OpenRepositories(tmp_path / "cache", lambda store: Placed(store, request.param))
     tree = open_tree(repositories.get(url), identifier)
     browser = Browser(None, repositories, tmp_path / "cache")

@@ -28,15 +28,17 @@ from replicated.format.metadata import (
     ResumeEdit,
     Snapshot,
     decode_checkpoint,
+    decode_condemned,
     decode_edit,
     decode_experiment,
     decode_heartbeat,
     decode_snapshot,
     encode_checkpoint,
+    encode_condemned,
     encode_edit,
     encode_experiment,
     encode_heartbeat,
-    encode_snapshot,
+    encode_root,
 )
 from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
 
@@ -72,7 +74,7 @@ CHECKPOINT = CheckpointRecord(
     primary_metric=PrimaryMetric("loss", "minimize"),
     state="stored",
 )
-SNAPSHOT = Snapshot(SnapshotId("ef" * 32), RootNode(bytes(32), 0o1755, -(10**9) - 1, 1, 2, 3, 2**62))
+ROOT = RootNode(bytes(32), 0o1755, -(10**9) - 1, 1, 2, 3, 2**62)
 
 OBJECTS = {
     "experiment": (encode_experiment, decode_experiment, EXPERIMENT),
@@ -80,7 +82,23 @@ OBJECTS = {
     "end": (encode_edit, decode_edit, EndEdit("killed", TIME)),
     "end with a stall": (encode_edit, decode_edit, EndEdit("stopped", TIME, 2**62)),
     "resume": (encode_edit, decode_edit, ResumeEdit(TIME)),
-    "snapshot": (encode_snapshot, decode_snapshot, SNAPSHOT),
+    "snapshot of an experiment": (
+        lambda snapshot: encode_experiment(EXPERIMENT, snapshot.root),
+        decode_condemned,
+        decode_snapshot,
+        Snapshot(SnapshotId(EXPERIMENT_ID), ROOT),
+    ),
+    "snapshot of a checkpoint": (
+        lambda snapshot: encode_checkpoint(CHECKPOINT, snapshot.root),
+        decode_condemned,
+        decode_snapshot,
+        Snapshot(SnapshotId(f"{EXPERIMENT_ID}/{CHECKPOINT_ID}"), ROOT),
+    ),
+    "condemned packs": (
+        lambda packs: encode_condemned(packs, TIME, "here"),
+        decode_condemned,
+        frozenset({bytes(32), b"\xff" * 32}),
+    ),
     "settings": (
         encode_settings,
         decode_settings,
@@ -185,12 +203,21 @@ def test_what_makes_a_record_must_be_there(name: str) -> None:
         ("checkpoint", "step", True),
         ("checkpoint", "primary_metric", {"name": "loss", "goal": "middle"}),
         ("end", "status", "running"),
-        ("snapshot", "root", {"node": "00" * 32, "mode": 0o10000, "mtime": [0, 0]}),
-        ("snapshot", "root", {"node": "00" * 31, "mode": 0, "mtime": [0, 0]}),
-        ("snapshot", "root", {"node": "0 " * 32, "mode": 0, "mtime": [0, 0]}),
-        ("snapshot", "root", {"node": "00" * 32, "mode": 0, "mtime": [0, 10**9]}),
-        ("snapshot", "root", {"node": "00" * 32, "mode": 0, "mtime": [0]}),
-        ("snapshot", "files", -1),
+        (
+            "snapshot of a checkpoint",
+            "snapshot",
+            {"root": {"node": "00" * 32, "mode": 0o10000, "mtime": [0, 0]}},
+        ),
+        ("snapshot of a checkpoint", "snapshot", {"root": {"node": "00" * 31, "mode": 0, "mtime": [0, 0]}}),
+        ("snapshot of a checkpoint", "snapshot", {"root": {"node": "0 " * 32, "mode": 0, "mtime": [0, 0]}}),
+        (
+            "snapshot of a checkpoint",
+            "snapshot",
+            {"root": {"node": "00" * 32, "mode": 0, "mtime": [0, 10**9]}},
+        ),
+        ("snapshot of a checkpoint", "snapshot", {"root": {"node": "00" * 32, "mode": 0, "mtime": [0]}}),
+        ("snapshot of an experiment", "snapshot", {**encode_root(ROOT), "files": -1}),
+        ("condemned packs", "packs", ["00" * 31]),
         ("settings", "chunker", {}),
     ],
 )

@@ -10,9 +10,9 @@ import pytest
 
 from replicate.errors import MountFailed
 from replicate.home import Home
-from replicate.ids import new_id
+from replicate.ids import ExperimentId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.format.manifest import TreeEntry
-from replicated.format.metadata import Snapshot
 from replicated.mount.life.mountinfo import read_mountinfo
 from replicated.mount.life.table import MountTable
 from replicated.repository import Repository
@@ -39,7 +39,7 @@ class Snapshots:
             )
             writer.finish()
         identifier = identifier or new_id()
-        self.repository.put_snapshot(Snapshot(identifier, root))
+        self.repository.put_experiment(ExperimentRecord(ExperimentId(identifier), utc_now()), root)
         return identifier, tree
 
     def _entry(self, writer, tree, path, node):

@@ -23,10 +23,10 @@ from replicate.errors import ReplicateError, RepositoryUnreachable
 from replicate.ids import SnapshotId
 from replicated import repository
 from replicated.cache import DEFAULT_CACHE_BYTES, ContentCache
+from replicated.keys import PACK_PREFIX
 from replicated.mount.building import MountedFiles
 from replicated.mount.engine.choosing import choose
 from replicated.mount.options import MountOptions
-from replicated.packer import PACK_PREFIX
 from replicated.repository import Repository
 from replicated.store import open_store
 from replicated.store.base import KeyMissing

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import pytest
 
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.format.manifest import TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.repository import Repository
@@ -46,7 +47,7 @@ def save() -> Save:
             root = writer.add_tree(sorted(unique.values(), key=lambda entry: entry.path.split(b"/")))
             writer.finish()
         snapshot = Snapshot(SnapshotId(new_id()), root)
-        repository.put_snapshot(snapshot)
+        repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
         return snapshot
 
     return save_files

@@ -11,7 +11,7 @@ from replicate.ids import CheckpointId, ExperimentId, SnapshotId
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.chunk.codec import hash_chunk
 from replicated.format.metadata import EndEdit, Snapshot
-from replicated.packer import pack_key
+from replicated.keys import pack_key
 from replicated.references import iter_chunks
 from replicated.repository import Repository
 

@@ -17,7 +17,7 @@ from replicated import reader as reader_module
 from replicated.chunk.codec import DELTA, HASH_BYTES, Plain, decode, encode, hash_chunk
 from replicated.format.listing import build_index
 from replicated.format.pack import DATA_PACK, PackBuilder, PackListing
-from replicated.packer import pack_key
+from replicated.keys import pack_key
 from replicated.reader import MIN_SHARED_BYTES, ChunkMemory, ChunkReader
 from replicated.repository import Repository
 
@@ -54,7 +54,7 @@ def put_pack(repository: Repository, chunks: Sequence[Stored]) -> PackListing:
 def put(repository: Repository, *packs: Sequence[Stored]) -> list[PackListing]:
     """Write packs and an index object that lists them, in this order."""
     listings = [put_pack(repository, chunks) for chunks in packs]
-    repository.store.put(f"index/{secrets.token_hex(32)}", [build_index(listings)])
+    repository.store.put(f"log/index/00-{secrets.token_hex(32)}", [build_index(listings)])
     return listings
 
 

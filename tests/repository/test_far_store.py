@@ -8,7 +8,7 @@ import pytest
 from replicate.errors import RepositoryDamaged
 from replicated.cache import ContentCache
 from replicated.chunk.codec import hash_chunk
-from replicated.packer import PACK_PREFIX
+from replicated.keys import PACK_PREFIX
 from replicated.reader import DAMAGE_KEPT_S, ChunkMemory, ChunkReader
 from replicated.references import iter_chunks
 from replicated.repository import Repository

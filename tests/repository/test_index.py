@@ -20,7 +20,7 @@ from replicated.chunk.codec import RAW
 from replicated.format.listing import INDEX_HEADER, build_index
 from replicated.format.metadata import Snapshot
 from replicated.format.pack import DATA_PACK, PackListing, Record
-from replicated.packer import pack_key
+from replicated.keys import pack_key
 from replicated.repository import Repository
 from replicated.store.memory import MemoryStore
 
@@ -92,13 +92,13 @@ def test_index_objects_are_read_once(tmp_path: Path, save: Save) -> None:
     writing = Repository.open_on(store, cache=tmp_path / "one", create=True)
     for step in range(4):
         save(writing, {"a": b"%d" % step})
-    assert not any(key.startswith("index/") for key in reads), "what one wrote itself it knows"
+    assert not any(key.startswith("log/index/") for key in reads), "what one wrote itself it knows"
     for _ in range(2):
         reading = Repository.open_on(store, cache=tmp_path / "two", create=False)
         for _ in range(3):
             reading.index.refresh()
         reading.close()
-    assert sum(key.startswith("index/") for key in reads) == 4
+    assert sum(key.startswith("log/index/") for key in reads) == 4
     writing.close()
 
 
@@ -185,7 +185,7 @@ def test_generation_changes_when_something_may_be_lost(
     generation = repository.index.generation
     save(repository, {"a": b"1"})
     if loss == "vanished":
-        repository.store.delete(next(repository.store.list("index/")).key)
+        repository.store.delete(next(repository.store.list("log/index/")).key)
         repository.index.refresh()
     elif loss == "rebuilt":
         repository.index.rebuild()
@@ -216,7 +216,7 @@ def test_damaged_index_object_costs_only_what_it_lists(
     repository: Repository, open_again: Open, save: Save, load: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = save(repository, {"a": b"lost"})
-    (key,) = (info.key for info in repository.store.list("index/"))
+    (key,) = (info.key for info in repository.store.list("log/index/"))
     kept = save(repository, {"a": b"kept"})
     repository.store.replace(key, b"damaged")
     other = open_again("fresh")
@@ -234,7 +234,7 @@ def test_index_object_of_a_later_version_stops_everything(
 ) -> None:
     snapshot = save(repository, {"a": b"x"})
     body = INDEX_HEADER.pack(b"REPLINDX", 2, b"", 0)
-    repository.store.put("index/" + "ab" * 32, [body, blake3(body).digest()])
+    repository.store.put("log/index/00-" + "ab" * 32, [body, blake3(body).digest()])
     with pytest.raises(RepositoryIncompatible, match="newer version"):
         load(open_again("fresh"), snapshot.id)
 
@@ -244,7 +244,7 @@ def put_object(repository: Repository, name: str, chunk_id: bytes, version: int 
     listing = PackListing(chunk_id[::-1], DATA_PACK, 1000, (Record(chunk_id, 64, 5, 5, RAW),))
     data = bytearray(build_index([listing])[:-32])
     data[8] = version
-    repository.store.put(f"index/{name}", [bytes(data), blake3(data).digest()])
+    repository.store.put(f"log/index/00-{name}", [bytes(data), blake3(data).digest()])
 
 
 @pytest.mark.parametrize("merged_at_once", [1, 3, 100])
@@ -267,7 +267,7 @@ def test_what_an_interrupted_refresh_has_read_is_not_known_later(repository: Rep
     put_object(repository, "ff" * 32, b"x" * 32, version=2)
     with pytest.raises(RepositoryIncompatible):
         repository.index.refresh()
-    repository.store.delete("index/" + "00" * 32, "index/" + "ff" * 32)
+    repository.store.delete("log/index/00-" + "00" * 32, "log/index/00-" + "ff" * 32)
     put_object(repository, "11" * 32, kept)
     repository.index.refresh()
     assert repository.index.find_missing([gone, kept]) == {gone}
@@ -277,7 +277,7 @@ def test_foreign_files_among_the_index_objects_are_passed_over(
     repository: Repository, open_again: Open, save: Save, load: Load
 ) -> None:
     snapshot = save(repository, {"a": b"x"})
-    repository.store.put("index/readme", [b"not an index"])
+    repository.store.put("log/index/readme", [b"not an index"])
     assert load(open_again("fresh"), snapshot.id) == {"a": b"x"}
 
 
@@ -291,7 +291,7 @@ def test_processes_share_one_cache(repository: Repository, save: Save, load: Loa
     script = """
 import sys
 from pathlib import Path
-from replicated.packer import pack_key
+from replicated.keys import pack_key
 from replicated.repository import Repository
 repository = Repository.open(sys.argv[1], cache=Path(sys.argv[2]), create=False)
 for step in range(30):

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from replicate.errors import (
-    InternalError,
     NotFound,
     NotStored,
     RepositoryDamaged,
@@ -17,11 +16,11 @@ from replicate.errors import (
     RepositoryMissing,
 )
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId, new_id
-from replicate.records import CheckpointRecord, ExperimentRecord
+from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.chunk.codec import RAW, hash_chunk
 from replicated.format.canonical import seal, unseal
-from replicated.format.manifest import RootNode
 from replicated.format.metadata import EndEdit, Heartbeat, ResumeEdit, Snapshot
+from replicated.keys import snapshot_of
 from replicated.references import iter_chunks
 from replicated.repository import Repository
 from replicated.store.memory import MemoryStore
@@ -214,39 +213,31 @@ def test_snapshot_is_absent_until_it_is_put(repository: Repository, load: Load) 
         root = writer.add_tree([])
         writer.finish()
     assert not repository.has_snapshot(snapshot_id)
-    assert not any(key.startswith("snapshots/") for key in keys(repository))
-    repository.put_snapshot(Snapshot(snapshot_id, root))
+    assert not any(key.startswith(("experiments/", "log/new/")) for key in keys(repository))
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot_id), utc_now()), root)
     assert repository.has_snapshot(snapshot_id)
     assert load(repository, snapshot_id) == {}
     assert content.size == 4
 
 
-def test_snapshot_cannot_be_put_before_its_tree_is_stored(repository: Repository) -> None:
-    with repository.writer() as writer:
-        root = writer.add_tree([])
-        with pytest.raises(InternalError, match="not stored before"):
-            repository.put_snapshot(Snapshot(SnapshotId(new_id()), root))
-    with pytest.raises(InternalError):
-        repository.put_snapshot(Snapshot(SnapshotId(new_id()), RootNode(bytes(32), 0o755, 0)))
-
-
 def test_deleted_checkpoint_and_experiment_leave_no_record(repository: Repository, save: Save) -> None:
     empty = keys(repository)
+    snapshot = save(repository, {"a": b"1"})
+    repository.delete_experiment(ExperimentId(snapshot.id))
+    data = {key for key in keys(repository) if key.startswith(("packs/", "log/index/"))}
     experiment = new_experiment()
-    snapshots = [save(repository, {"a": b"1"}) for _ in range(3)]
-    data = {key for key in keys(repository) if key.startswith(("packs/", "index/"))}
-    repository.put_snapshot(replace(snapshots[0], id=SnapshotId(experiment.id)))
-    repository.put_experiment(experiment)
-    checkpoints = [replace(new_checkpoint(experiment), id=CheckpointId(s.id)) for s in snapshots]
+    repository.put_experiment(experiment, snapshot.root)
+    checkpoints = [new_checkpoint(experiment) for _ in range(3)]
     for checkpoint in checkpoints:
-        repository.put_checkpoint(checkpoint)
+        repository.put_checkpoint(checkpoint, snapshot.root)
     repository.put_edit(experiment.id, new_id(), EndEdit("stopped", TIME))
     repository.put_heartbeat(Heartbeat(experiment.id, TIME, "here"))
     for _ in range(2):
         repository.delete_checkpoint(experiment.id, checkpoints[0].id)
     assert set(repository.list_checkpoint_ids(experiment.id)) == {c.id for c in checkpoints[1:]}
-    assert not repository.has_snapshot(snapshots[0].id)
-    assert repository.has_snapshot(snapshots[1].id)
+    assert not repository.has_snapshot(snapshot_of(experiment.id, checkpoints[0].id))
+    assert repository.has_snapshot(snapshot_of(experiment.id, checkpoints[1].id))
+    assert repository.has_snapshot(snapshot_of(experiment.id))
     for _ in range(2):
         repository.delete_experiment(experiment.id)
     assert keys(repository) == empty | data

@@ -23,8 +23,8 @@ from replicated.format.listing import build_index
 from replicated.format.manifest import RootNode, TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing
-from replicated.index import INDEX_PREFIX
-from replicated.packer import Chunk, Packer, WriteStats, pack_key
+from replicated.keys import INDEX_PREFIX, pack_key
+from replicated.packer import Chunk, Packer, WriteStats
 from replicated.repository import Repository
 from replicated.tree import open_tree
 
@@ -65,7 +65,7 @@ def test_extracted_files_are_those_of_the_tree(repository: Repository, tmp_path:
         root = writer.add_tree(odd_tree(writer.add_file))
         writer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     done = run(root_of(repository), "extract", snapshot.id, str(tmp_path / "out"))
     assert (done.returncode, done.stderr) == (0, "")
     tree = open_tree(repository, snapshot.id)
@@ -200,7 +200,7 @@ def test_hostile_names_are_not_written(repository: Repository, tmp_path: Path, n
     packer.add([Chunk(chunk_id, chunk), Chunk(blake3(node).digest(), node)], TREE_PACK)
     packer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), RootNode(blake3(node).digest(), 0o755, 0, files=5))
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     target = tmp_path / "below" / "out"
     target.parent.mkdir()
     done = run(root_of(repository), "extract", snapshot.id, str(target))

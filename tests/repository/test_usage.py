@@ -22,8 +22,7 @@ from replicated.format.listing import build_index
 from replicated.format.manifest import FileContent, TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.format.pack import DATA_PACK, PackBuilder, parse_pack
-from replicated.index import INDEX_PREFIX
-from replicated.packer import pack_key
+from replicated.keys import INDEX_PREFIX, checkpoint_key, pack_key, snapshot_of
 from replicated.repository import Repository
 from replicated.usage import EncodedBytes, Usage, UsageReport, measure_repository
 
@@ -68,7 +67,7 @@ class Recount:
         self.root = root
         self.places: dict[bytes, Place] = {}
         self.packed = self.frames = 0
-        listed = {name for path in root.glob("index/*") for name in self._list_packs(path.read_bytes())}
+        listed = {name for path in root.glob("log/index/*") for name in self._list_packs(path.read_bytes())}
         for path in root.glob("packs/*/*"):
             data = path.read_bytes()
             self.packed += len(data)
@@ -273,10 +272,10 @@ def put_experiment(repository: Repository) -> ExperimentId:
 
 
 def put_checkpoint(repository: Repository, experiment_id: ExperimentId, snapshot: Snapshot) -> SnapshotId:
-    repository.put_snapshot(snapshot)
     checkpoint_id = CheckpointId(snapshot.id)
-    repository.put_checkpoint(CheckpointRecord(checkpoint_id, experiment_id, utc_now(), 0, state="stored"))
-    return snapshot.id
+    record = CheckpointRecord(checkpoint_id, experiment_id, utc_now(), 0, state="stored")
+    repository.put_checkpoint(record, snapshot.root)
+    return snapshot_of(experiment_id, checkpoint_id)
 
 
 @dataclass
@@ -284,7 +283,7 @@ class Made:
     """A repository made at random."""
 
     owners: dict[ExperimentId, list[SnapshotId]]
-    unrecorded: list[SnapshotId]
+    unlisted: list[SnapshotId]
     unreadable: set[SnapshotId]
 
 
@@ -322,7 +321,7 @@ def make_at_random(repository: Repository, seed: int) -> Made:
 
     made = Made({put_experiment(repository): [] for _ in range(3)}, [], set())
     files = [make_file() for _ in range(12)]
-    fates = rng.choices(["good", "good", "good", "removed", "unrecorded", "lost", "baseless", "rotten"], k=14)
+    fates = rng.choices(["good", "good", "good", "removed", "unlisted", "lost", "baseless", "rotten"], k=14)
     trees = []
     for fate in fates:
         trees.append({f"{rng.choice('ab')}/{n}": file for n, file in enumerate(rng.choices(files, k=4))})
@@ -330,26 +329,27 @@ def make_at_random(repository: Repository, seed: int) -> Made:
             trees[-1]["b/bad"] = describe_file([rng.choice(good), lost if fate == "lost" else baseless])
     for fate, snapshot in zip(fates, put_trees(repository, *trees), strict=True):
         owner = rng.choice(list(made.owners))
-        if fate == "unrecorded":
-            repository.put_snapshot(snapshot)
-            made.unrecorded.append(snapshot.id)
+        if fate == "unlisted":
+            experiment = ExperimentRecord(ExperimentId(snapshot.id), utc_now())
+            repository.put_experiment(experiment, snapshot.root)
+            made.unlisted.append(snapshot.id)
             continue
-        put_checkpoint(repository, owner, snapshot)
+        name = put_checkpoint(repository, owner, snapshot)
         if fate == "good":
-            made.owners[owner].append(snapshot.id)
+            made.owners[owner].append(name)
         elif fate == "removed":
             repository.delete_checkpoint(owner, CheckpointId(snapshot.id))
         else:
             made.unreadable.add(snapshot.id)
         if fate == "rotten":
-            repository.store.replace(f"snapshots/{snapshot.id}", b"{}")
+            repository.store.replace(checkpoint_key(owner, snapshot.id), b"{}")
     return made
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_figure_is_what_the_packs_say(repository: Repository, seed: int) -> None:
     made = make_at_random(repository, seed)
-    report = check(repository, made.owners, made.unrecorded)
+    report = check(repository, made.owners, made.unlisted)
     assert {snapshot.id for snapshot in report.unreadable} == made.unreadable
 
 

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replicate.errors import RepositoryFull, RepositoryUnreachable
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated import contents, packer
 from replicated.chunk.cdc import ChunkerParameters, ChunkSizes, Cutter
 from replicated.format import pack
@@ -40,7 +41,7 @@ WHOLE_BELOW = ChunkerParameters().whole_below
 
 
 def data_keys(repository: Repository) -> set[str]:
-    return {info.key for info in repository.store.list("") if info.key.startswith(("packs/", "index/"))}
+    return {info.key for info in repository.store.list("") if info.key.startswith(("packs/", "log/index/"))}
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_file_of_any_size_is_read_back(repository: Repository, size: int, kind: 
     if 0 < size < WHOLE_BELOW:
         assert content == FileContent(size, blake3(data).digest())
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     tree = open_tree(repository, snapshot.id)
     assert tree.reader(tree.find(b"file")).pread(0, size + 1) == data
 
@@ -140,14 +141,14 @@ def test_packs_come_before_the_index_objects_that_list_them(tmp_path: Path) -> N
         writer.finish()
     listed: set[str] = set()
     for key in order:
-        if key.startswith("index/"):
+        if key.startswith("log/index/"):
             present = order[: order.index(key)]
             for listing in parse(repository, key):
                 assert packer.pack_key(listing.name) in present
                 listed.add(packer.pack_key(listing.name))
     assert listed == {key for key in order if key.startswith("packs/")}
-    assert sum(key.startswith("index/") for key in order) > 1
-    assert order[-1].startswith("index/")
+    assert sum(key.startswith("log/index/") for key in order) > 1
+    assert order[-1].startswith("log/index/")
     repository.close()
 
 
@@ -157,7 +158,7 @@ def parse(repository: Repository, key: str) -> list[pack.PackListing]:
 
 def test_data_and_tree_nodes_are_in_packs_of_their_own(repository: Repository, save: Save) -> None:
     save(repository, {"a": b"x" * 1000})
-    (key,) = (info.key for info in repository.store.list("index/"))
+    (key,) = (info.key for info in repository.store.list("log/index/"))
     kinds = {listing.kind: len(listing.records) for listing in parse(repository, key)}
     assert kinds == {pack.DATA_PACK: 1, pack.TREE_PACK: 1}
 
@@ -170,7 +171,7 @@ class FullAfter(MemoryStore):
         self.allowed = allowed
 
     def put(self, key: str, parts: Sequence[Buffer], **how: bool) -> None:
-        if key.startswith(("packs/", "index/")):
+        if key.startswith(("packs/", "log/index/")):
             if self.allowed <= 0:
                 raise RepositoryFull(f"no space for {key}")
             self.allowed -= 1
@@ -191,7 +192,7 @@ def test_full_store_is_told_at_every_point_and_a_later_try_completes(
             break
         except RepositoryFull:
             failures += 1
-        assert not list(store.list("snapshots/"))
+        assert not list(store.list("experiments/"))
         store.allowed = 1000
         assert load(repository, save(repository, files).id) == files
         repository.close()
@@ -407,7 +408,7 @@ def test_deep_tree_is_stored_and_walked(repository: Repository) -> None:
         root = writer.add_tree(entries(*paths))
         writer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     assert [path for path, _ in open_tree(repository, snapshot.id).walk()] == paths
 
 
@@ -442,7 +443,7 @@ def test_file_of_several_gib_takes_bounded_memory(repository: Repository, tmp_pa
         assert writer.stats.new_stored_bytes < 1_000_000
     assert peak - before < 200 << 20
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     tree = open_tree(repository, snapshot.id)
     reader = tree.reader(tree.find(b"sparse"))
     assert reader.pread(size - 10, 100) == b"\0" * 5 + b"end\0\0"
@@ -474,7 +475,7 @@ with repository.writer() as writer:
     content = writer.add_file(random.Random(1).randbytes(1_500_000))
     tree = writer.add_tree([TreeEntry(b"file", "file", 0o644, 0, content)])
     writer.finish()
-repository.put_snapshot(Snapshot("ab" * 32, tree))
+repository.put_experiment(ExperimentRecord("ab" * 32, utc_now()), tree)
 """
     snapshot_id = SnapshotId("ab" * 32)
     data = random.Random(1).randbytes(1_500_000)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replicate.errors import CaptureFailed, RepositoryFull
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.format.metadata import Snapshot
 from replicated.repository import Repository
 from replicated.snapshot.entries import (
@@ -64,9 +65,9 @@ def store(repository, frozen, cache=None, on_progress=None, *, open_held=None, f
     with FrozenFiles(frozen.spool, open_held or open_held_of(frozen), flags, lambda _: True) as files:
         root = ingest(
             repository, snapshot_id, frozen.header, iter(frozen.directories), files, cache, on_progress
-        )
+        ).root
     snapshot = Snapshot(snapshot_id, root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     return snapshot
 
 
@@ -88,7 +89,7 @@ def store_unread(repository, frozen, cache, on_progress=None):
     snapshot_id = SnapshotId(new_id())
     root = ingest(
         repository, snapshot_id, frozen.header, iter(frozen.directories), Unreadable(), cache, on_progress
-    )
+    ).root
     return Snapshot(snapshot_id, root)
 
 
@@ -108,7 +109,7 @@ def fill(project):
 
 def forget(repository):
     """Lose all chunks, as when they were collected."""
-    for prefix in ("index/", "packs/"):
+    for prefix in ("log/index/", "packs/"):
         repository.store.delete(*[info.key for info in repository.store.list(prefix)])
 
 
@@ -283,7 +284,7 @@ def test_part_of_a_directory_is_merged_with_what_is_known(
     whole = freeze(project, spool(), cache=cache)
     assert [source[0] for source in unpack_sources(whole.directories[0].sources)] == [KNOWN] * 3
     snapshot = store_unread(repository, whole, cache)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     assert described(open_tree(repository, snapshot.id)) == described(project)
 
 
@@ -315,7 +316,7 @@ def test_known_content_that_is_lost_is_read_from_the_file_again(
     stored = stored_bytes(repository)
     snapshot = store_unread(repository, frozen, cache)
     assert (stored_bytes(repository) > stored + 9_000_000) == (loss == "chunks")
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     assert described(open_tree(repository, snapshot.id)) == described(project)
     assert cache.load(os.fsencode(project)).generation == repository.index.generation
 
@@ -364,7 +365,9 @@ def as_dict(record):
 
 def confirm(repository, root, project, cache):
     header = Header(os.fsencode(project), b"tree")
-    return ingest(repository, SnapshotId(new_id()), header, iter([SameTree(root)]), Unreadable(), cache, None)
+    return ingest(
+        repository, SnapshotId(new_id()), header, iter([SameTree(root)]), Unreadable(), cache, None
+    ).root
 
 
 @pytest.mark.parametrize("known_by", ["cache", "index", "file"])

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from replicate.errors import CaptureFailed, RepositoryFull, RepositoryMissing, RepositoryUnreachable
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated import priority
 from replicated import storing as storing_module
 from replicated.format.metadata import Snapshot
@@ -79,7 +80,7 @@ def ignore(done):
 
 def store(storing, repository, frozen, *, on_progress=ignore, limit=0, entries=None, is_urgent=lambda: False):
     snapshot = SnapshotId(frozen.spool.name)
-    root = storing.ingest(
+    stored = storing.ingest(
         repository.url,
         "an experiment",
         snapshot,
@@ -89,8 +90,8 @@ def store(storing, repository, frozen, *, on_progress=ignore, limit=0, entries=N
         on_progress=on_progress,
         is_urgent=is_urgent,
     )
-    repository.put_snapshot(Snapshot(snapshot, root))
-    return Snapshot(snapshot, root)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot), utc_now()), stored.root)
+    return Snapshot(snapshot, stored.root)
 
 
 def pid_of(storing):
@@ -251,7 +252,7 @@ def test_log_of_the_process_is_that_of_the_daemon(
     fill(project)
     frozen = freeze(project, spool)
     store(storing, repository, frozen)
-    key = next(repository.store.list("index/")).key
+    key = next(repository.store.list("log/index/")).key
     repository.store.replace(key, b"damaged")
     storing.stop()
     for file in (tmp_path / "cache" / "index").iterdir():

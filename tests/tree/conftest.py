@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.format.manifest import TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.repository import Repository
@@ -48,7 +49,7 @@ def save(repository: Repository) -> Save:
             stored = writer.add_tree([root, *iter_entries(writer, spec, mode, mtime_ns)])
             writer.finish()
         snapshot = Snapshot(SnapshotId(new_id()), stored)
-        repository.put_snapshot(snapshot)
+        repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
         return snapshot.id
 
     return save_tree

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicate.errors import RepositoryDamaged
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.file_reader import MAX_FETCH_BYTES, FileReader
 from replicated.format.builders import ContentBuilder, DirectoryBuilder
 from replicated.format.canonical import pack
@@ -96,7 +97,7 @@ def put_snapshot(repository: Repository, content: FileContent) -> SnapshotId:
     root = RootNode(directory.finish(), 0o755, 0, files=1, size_bytes=content.size)
     packer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     return snapshot.id
 
 

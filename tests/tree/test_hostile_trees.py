@@ -7,7 +7,8 @@ import pytest
 from blake3 import blake3
 
 from replicate.errors import RepositoryDamaged
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated import file_reader
 from replicated import reader as reader_module
 from replicated.chunk.codec import Plain, decode
@@ -60,7 +61,7 @@ def forge(repository: Repository) -> Forge:
         packer.finish()
         root = RootNode(node_id(nodes[-1]), 0o755, 0, files=entries)
         snapshot = Snapshot(SnapshotId(new_id()), root)
-        repository.put_snapshot(snapshot)
+        repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
         return open_tree(repository, snapshot.id)
 
     return store

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replicate.errors import NotFound, NotStored
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.format.manifest import TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.repository import Repository
@@ -130,7 +131,7 @@ def test_long_directory_is_listed_in_order_and_one_name_is_found_by_few_reads(tm
         root = writer.add_tree(TreeEntry(b"%06d" % n, "file", 0o644, 0, one) for n in range(100_000))
         writer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     tree = open_tree(repository, snapshot.id)
     reads.clear()
     assert tree.find(b"054321").name == b"054321"
@@ -161,7 +162,7 @@ def long_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Reposi
         root = writer.add_tree(TreeEntry(n, "file", 0o644, 0, c) for n, c in sorted(contents.items()))
         writer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     yield repository, snapshot.id, data
     repository.close()
 

@@ -445,7 +445,8 @@ def _create(store: Store) -> None:
 def _refuse_headless(store: Store) -> None:
     """Raise `RepositoryDamaged` when there are objects but not the one that says what they are."""
     for prefix in (LOG_PREFIX, EXPERIMENT_PREFIX, PACK_PREFIX):
-        if next(store.list(prefix), None) is not None:
+        # Asked for again once something was seen: somebody may make the repository and write at this moment.
+        if next(store.list(prefix), None) is not None and not store.exists(SETTINGS_KEY):
             raise RepositoryDamaged(
                 f"{SETTINGS_KEY} is missing in {store.url}, though there are objects below {prefix}",
                 hint="put it back from a copy; without it nothing is written there",

@@ -1,15 +1,17 @@
 """Puts chunks that the repository lacks into packs, and packs into the store and the index.
 
-Used by one `SnapshotWriter`. Chunks come from any thread; packs are uploaded by one thread of its own,
-in order. There are a few packs at a time at most: whoever needs one more waits. Index objects are
-written after the packs that they list, at the end and after every so much new data, so that an
-interrupted snapshot goes on where it was. Owner of the claims: the set of chunks that are on their way.
+Used by one `SnapshotWriter`. Chunks come from any thread; packs are uploaded by threads of its own: one
+where the store is a disk, several where each request waits for a network. There are a few packs at a time at
+most: whoever needs one more waits. Index objects are written after the packs that they list, at the end and
+after every so much new data, or time, so that an interrupted snapshot goes on where it was. Owner of the
+claims: the set of chunks that are on their way.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,13 +23,18 @@ from replicated.format.listing import build_index
 from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing, builder_bytes
 from replicated.index import Index
 from replicated.keys import index_key, levelled_name, pack_key
-from replicated.store.base import Store
+from replicated.store.base import Capabilities, Store
 
 #: An index object is written once the packs since the last one have so many bytes or chunks.
 INDEX_AFTER_BYTES: Final = 256 << 20
 INDEX_AFTER_CHUNKS: Final = 1 << 17
+#: And where requests are costly, and so most likely slow, once uploading has taken so long since then.
+INDEX_AFTER_S: Final = 30.0
 #: Packs of a kind that are in memory: one is filled, one is uploaded.
 MAX_PACKS: Final = {DATA_PACK: 2, TREE_PACK: 2}
+#: Where requests are costly, so many packs are uploaded at a time. More would not make one connection of a
+#: gigabit busier, and each takes the memory of a pack.
+MAX_UPLOADS: Final = 3
 
 
 class Chunk(NamedTuple):
@@ -78,6 +85,7 @@ class Packer:
         stats: WriteStats,
         random_name: Callable[[], bytes] = lambda: os.urandom(HASH_BYTES),
         memory: PackMemory | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`memory` is borrowed; all of it has been given back when `finish` has returned."""
         self._store = store
@@ -90,10 +98,16 @@ class Packer:
         self._claimed: set[bytes] = set()
         self._builders_lock = threading.Lock()
         self._builders: dict[int, PackBuilder] = {}
-        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._memory = make_pack_memory() if memory is None else memory
-        # Belongs to the uploader's thread: packs in the store that no index object lists yet.
+        self._is_costly = store.capabilities.has_costly_requests
+        self._uploaders = ThreadPoolExecutor(count_uploads(store.capabilities), thread_name_prefix="upload")
+        self._memory = make_pack_memory(store.capabilities) if memory is None else memory
+        self._clock = clock
+        # A leaf as well; guards the two that follow.
+        self._unlisted_lock = threading.Lock()
+        #: Packs that are whole in the store and that no index object lists yet.
         self._unlisted: list[PackListing] = []
+        #: Since when packs are uploaded that may be among them; None while none is.
+        self._uploading_since: float | None = None
         self._failure: BaseException | None = None
 
     def add(
@@ -131,14 +145,18 @@ class Packer:
             builders = [self._builders.pop(kind) for kind in (DATA_PACK, TREE_PACK) if kind in self._builders]
         for builder in builders:
             self._submit(builder)
-        self._uploader.submit(self._attempt, self._write_index).result()
-        self._uploader.shutdown()
+        self._uploaders.shutdown()
+        self._attempt(lambda: self._write_index(self._take_unlisted()))
         self.raise_failure()
+
+    def stop(self) -> None:
+        """Let whatever is waiting or still comes fail soon; may be called at any time, also twice."""
+        self._fail(RuntimeError("the writer was abandoned"))
 
     def abandon(self) -> None:
         """End without writing what is not written yet; may be called at any time, also twice."""
-        self._fail(RuntimeError("the writer was abandoned"))
-        self._uploader.shutdown()
+        self.stop()
+        self._uploaders.shutdown()
 
     def raise_failure(self) -> None:
         """Raise what has failed in any thread; nothing can be stored any more then."""
@@ -174,7 +192,7 @@ class Packer:
             self._submit(full)
 
     def _submit(self, builder: PackBuilder) -> None:
-        self._uploader.submit(self._upload_and_release, builder)
+        self._uploaders.submit(self._upload_and_release, builder)
 
     def _upload_and_release(self, builder: PackBuilder) -> None:
         try:
@@ -185,29 +203,48 @@ class Packer:
     def _upload(self, builder: PackBuilder) -> None:
         name = self._random_name()
         parts = builder.seal()
-        self._store.put(pack_key(name), parts, is_unique=True)
         size = sum(map(len, parts))
-        self._unlisted.append(PackListing(name, builder.kind, size, tuple(builder.records)))
+        with self._unlisted_lock:
+            if self._uploading_since is None:
+                self._uploading_since = self._clock()
+        self._store.put(pack_key(name), parts, is_unique=True)
+        with self._unlisted_lock:
+            self._unlisted.append(PackListing(name, builder.kind, size, tuple(builder.records)))
+            is_due = self._is_index_due()
+        if is_due:
+            self._write_index(self._take_unlisted())
+
+    def _is_index_due(self) -> bool:
+        """Whether what is not listed yet should be; called with the lock held."""
         if (
             sum(listing.size for listing in self._unlisted) >= INDEX_AFTER_BYTES
             or sum(len(listing.records) for listing in self._unlisted) >= INDEX_AFTER_CHUNKS
         ):
-            self._write_index()
+            return True
+        since = self._uploading_since
+        return self._is_costly and since is not None and self._clock() - since >= INDEX_AFTER_S
 
-    def _write_index(self) -> None:
-        if not self._unlisted:
+    def _take_unlisted(self) -> list[PackListing]:
+        """What no index object lists yet; the caller writes one."""
+        with self._unlisted_lock:
+            listings, self._unlisted = self._unlisted, []
+            self._uploading_since = None
+        return listings
+
+    def _write_index(self, listings: Sequence[PackListing]) -> None:
+        if not listings:
             return
         name = levelled_name(0, self._random_name().hex())
-        self._store.put(index_key(name), [build_index(self._unlisted)], is_unique=True, is_checked=False)
-        self._index.add(name, self._unlisted)
+        # Whoever publishes the snapshot sees in a listing that it is there.
+        self._store.put(index_key(name), [build_index(listings)], is_unique=True, is_checked=False)
+        self._index.add(name, listings)
         with self._claims_lock:
             self._claimed.difference_update(
-                record.chunk_id for listing in self._unlisted for record in listing.records
+                record.chunk_id for listing in listings for record in listing.records
             )
-        self._unlisted = []
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Do something in the uploader's thread, unless something has failed before."""
+        """Do something, unless something has failed before."""
         if self._failure is None:
             try:
                 action()
@@ -219,9 +256,15 @@ class Packer:
             self._failure = error
 
 
-def make_pack_memory() -> PackMemory:
+def make_pack_memory(capabilities: Capabilities) -> PackMemory:
     """Room for as many packs as there may be at a time."""
-    return {kind: Buffers(count, builder_bytes(kind)) for kind, count in MAX_PACKS.items()}
+    counts = {**MAX_PACKS, DATA_PACK: MAX_PACKS[DATA_PACK] - 1 + count_uploads(capabilities)}
+    return {kind: Buffers(count, builder_bytes(kind)) for kind, count in counts.items()}
+
+
+def count_uploads(capabilities: Capabilities) -> int:
+    """How many packs are uploaded at a time: one to a disk, which writes them one after the other anyway."""
+    return max(1, min(MAX_UPLOADS, capabilities.parallel_requests)) if capabilities.has_costly_requests else 1
 
 
 def _encode(chunks: Sequence[Chunk]) -> Iterator[Encoded]:

@@ -21,7 +21,7 @@ from replicated.format.pack import TREE_PACK
 from replicated.index import Index
 from replicated.packer import Chunk, Packer, WriteStats, make_pack_memory
 from replicated.reader import ChunkReader
-from replicated.store.base import Buffer, Store
+from replicated.store.base import Buffer, Capabilities, Store
 
 #: Of a root without an entry of its own.
 DEFAULT_ROOT_MODE: Final = 0o755
@@ -33,9 +33,9 @@ _LOOK_UP_BATCH = 4096
 class WriteMemory:
     """The memory of one writer."""
 
-    def __init__(self, chunker: ChunkerParameters) -> None:
+    def __init__(self, chunker: ChunkerParameters, capabilities: Capabilities) -> None:
         self.buffers = make_buffers(chunker)
-        self.packs = make_pack_memory()
+        self.packs = make_pack_memory(capabilities)
 
     def close(self) -> None:
         """Give it back to the system now."""
@@ -45,7 +45,7 @@ class WriteMemory:
 
 
 class WriteMemories:
-    """Keeps the memory of a writer for the next one. May be used from several threads.
+    """Keeps the memory of a writer for the next one on the same store. May be used from several threads.
 
     Using memory for the first time costs more than reading, hashing and copying what is put there.
     """
@@ -55,11 +55,11 @@ class WriteMemories:
         self._lock = threading.Lock()
         self._spare: WriteMemory | None = None
 
-    def take(self) -> WriteMemory:
+    def take(self, capabilities: Capabilities) -> WriteMemory:
         """Memory for a writer."""
         with self._lock:
             memory, self._spare = self._spare, None
-        return memory or WriteMemory(self._chunker)
+        return memory or WriteMemory(self._chunker, capabilities)
 
     def give_back(self, memory: WriteMemory) -> None:
         """Let another writer have a memory, all of which is free again."""
@@ -99,7 +99,7 @@ class SnapshotWriter:
         self._reader = reader
         self._on_progress = on_progress
         self._memories = WriteMemories(chunker) if memories is None else memories
-        self._memory = self._memories.take()
+        self._memory = self._memories.take(store.capabilities)
         self._packer = Packer(store, index, self.stats, memory=self._memory.packs)
         self._contents = ContentWriter(
             self._packer, index, reader, chunker, self._store_node, self.add_known, self._memory.buffers
@@ -114,6 +114,8 @@ class SnapshotWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # First, so that threads which wait for room in a pack do not wait for uploads that nobody wants.
+        self._packer.stop()
         self._contents.stop()
         self._packer.abandon()
         # What failed may not have given back all of it.

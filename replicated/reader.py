@@ -15,11 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible
 from replicated.cache import ContentCache
 from replicated.chunk.codec import ChunkDamaged, UnknownCodec, decode, hash_chunk
+from replicated.damages import Damages
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.manifest import (
     ChunkList,
@@ -31,12 +32,9 @@ from replicated.format.manifest import (
 from replicated.format.pack import parse_pack
 from replicated.index import Index, Location
 from replicated.keys import pack_key
+from replicated.neighbours import MAX_WINDOWS, WINDOW_BYTES, Window, plan_windows, read_nodes
 from replicated.store.base import KeyMissing, Store
 
-#: Chunks in one pack are read together when no more than this lies between them.
-MAX_GAP_BYTES: Final = 64 << 10
-#: And no more than this at once.
-MAX_READ_BYTES: Final = 8 << 20
 #: From a store that is near, where a read costs little: then large chunks are read one by one, which saves
 #: copying them out of what was read (a fifth of what reading raw chunks takes), and several threads share the
 #: work.
@@ -46,11 +44,6 @@ MIN_SHARED_BYTES: Final = 1 << 20
 MIN_SHARED_CHUNK_BYTES: Final = 32 << 10
 #: Threads that read and decode, for all readers of a process.
 MAX_DECODERS: Final = 4
-#: Threads that wait for stores that are not near, for all readers of a process.
-MAX_FETCHERS: Final = 8
-#: What was found damaged is not fetched again before: readers that do not give up would ask for nothing else.
-DAMAGE_KEPT_S: Final = 5.0
-MAX_DAMAGES: Final = 1024
 
 T = TypeVar("T")
 
@@ -112,7 +105,9 @@ class ChunkReader:
         """`content` keeps what was read on this machine's disk; None where the store is as near."""
         self._store = store
         self._content = content
-        self._damages = _Damages(clock)
+        #: What is read around a node where each request costs; 0: nothing.
+        self._window_bytes = WINDOW_BYTES if store.capabilities.has_costly_requests else 0
+        self._damages = Damages(clock)
         self._index = index
         self._memory = memory
         #: What the memory knows this reader by: not itself, which it would keep alive.
@@ -157,20 +152,20 @@ class ChunkReader:
 
     def read_directory(self, node: bytes) -> DirectoryNode:
         """A node of a directory, parsed; raises as `read_many`."""
-        return self._parse(node, self.read(node), parse_directory)
+        return self._parse(node, self._read_nodes([node])[node], parse_directory)
 
     def read_directories(self, nodes: Sequence[bytes]) -> list[DirectoryNode]:
         """Several nodes of directories, in this order."""
-        found = self.read_many(nodes)
+        found = self._read_nodes(nodes)
         return [self._parse(node, found[node], parse_directory) for node in nodes]
 
     def read_chunk_list(self, node: bytes) -> ChunkList:
         """A node of a file's list of chunks, parsed; raises as `read_many`."""
-        return self._parse(node, self.read(node), parse_chunk_list)
+        return self._parse(node, self._read_nodes([node])[node], parse_chunk_list)
 
     def read_layout(self, node: bytes) -> tuple[int, ...]:
         """The lengths in the layout of a gathered file; raises as `read_many`."""
-        return self._parse(node, self.read(node), parse_layout)
+        return self._parse(node, self._read_nodes([node])[node], parse_layout)
 
     def locate(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Location]:
         """Where these different chunks lie; raises `RepositoryDamaged` when one is in no index."""
@@ -199,6 +194,43 @@ class ChunkReader:
                 hint=_DAMAGE_HINT,
                 fields={"chunk": node.hex()},
             ) from error
+
+    def _read_nodes(self, nodes: Sequence[bytes]) -> dict[bytes, bytes]:
+        """As `read_many`; where requests are costly, the nodes beside them come with them and are kept."""
+        if not self._window_bytes:
+            return self.read_many(nodes)
+        found = self._recall(nodes, is_once=False)
+        missing = [node for node in dict.fromkeys(nodes) if node not in found]
+        # What was damaged a moment ago is not fetched again in this way either.
+        if missing and not self._damages.find(missing, ()):
+            found.update(self._read_around(missing))
+            missing = [node for node in missing if node not in found]
+        if missing:
+            found.update(self.read_many(missing))
+        return found
+
+    def _read_around(self, nodes: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Those of the nodes that are found together with what lies around them."""
+        windows = plan_windows(self._index.locate(nodes), self._window_bytes)
+        if not windows or len(windows) > MAX_WINDOWS:
+            return {}
+
+        def read(window: Window) -> dict[bytes, bytes]:
+            try:
+                return read_nodes(window, self._store.get(pack_key(window.pack), window.start, window.length))
+            except KeyMissing:
+                return {}
+
+        found: dict[bytes, bytes] = {}
+        for others in map(read, windows) if len(windows) == 1 else self._fetchers().map(read, windows):
+            found.update(others)
+        wanted = {node: found.pop(node) for node in nodes if node in found}
+        # Last what is wanted: should there be no room for all, that stays.
+        self._remember(found | wanted, is_once=False, is_cached=True)
+        return wanted
+
+    def _fetchers(self) -> ThreadPoolExecutor:
+        return _make_fetchers(self._store.capabilities.parallel_requests)
 
     def _recall(self, chunk_ids: Sequence[bytes], *, is_once: bool) -> dict[bytes, bytes]:
         """Those of the chunks that need not be fetched."""
@@ -315,8 +347,10 @@ class ChunkReader:
         bases: Mapping[bytes, bytes] | None = None,
         unchecked: Collection[bytes] = (),
     ) -> dict[bytes, bytes]:
-        is_near = self._store.capabilities.is_near
-        runs = list(_join_neighbours(places, MAX_NEAR_READ_BYTES if is_near else MAX_READ_BYTES))
+        capabilities = self._store.capabilities
+        is_near = capabilities.is_near
+        longest = MAX_NEAR_READ_BYTES if is_near else capabilities.max_read_bytes
+        runs = list(_join_neighbours(places, capabilities.max_gap_bytes, longest))
 
         def read(run: _Run) -> dict[bytes, bytes]:
             return self._read_run(run, bases or {}, unchecked)
@@ -325,7 +359,7 @@ class ChunkReader:
         is_much = total_bytes > max(MIN_SHARED_BYTES, len(places) * MIN_SHARED_CHUNK_BYTES)
         parts: Iterable[dict[bytes, bytes]] = map(read, runs)
         if len(runs) > 1 and (is_much or not is_near):
-            parts = (_decoders() if is_near else _fetchers()).map(read, runs)
+            parts = (_decoders() if is_near else self._fetchers()).map(read, runs)
         found: dict[bytes, bytes] = {}
         for chunks in parts:
             found.update(chunks)
@@ -406,53 +440,10 @@ class ChunkReader:
         return None
 
 
-class _Damage(NamedTuple):
-    until: float
-    #: Where the chunk lay; None when it was in no index. Where it lies by now is another matter.
-    place: Location | None
-    error: RepositoryDamaged
-
-
-class _Damages:
-    """What was found damaged a moment ago. Shared by threads; its lock is a leaf."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        #: By chunk, and the length that it has not, if that is the damage; those found last at the end.
-        self._found: OrderedDict[tuple[bytes, int | None], _Damage] = OrderedDict()
-
-    def remember(
-        self, chunk_id: bytes, place: Location | None, error: RepositoryDamaged, length: int | None = None
-    ) -> None:
-        """This is what reading a chunk has just ended with.
-
-        With a `length` it was so for those who expect that one, and the chunk itself may be whole.
-        """
-        with self._lock:
-            self._found[chunk_id, length] = _Damage(self._clock() + DAMAGE_KEPT_S, place, error)
-            self._found.move_to_end((chunk_id, length))
-            if len(self._found) > MAX_DAMAGES:
-                self._found.popitem(last=False)
-
-    def find(
-        self, chunk_ids: Iterable[bytes], expected: Iterable[tuple[bytes, int]]
-    ) -> list[tuple[bytes, _Damage]]:
-        """Those of the chunks that are among them, also for those who expect these lengths of some."""
-        if not self._found:
-            return []
-        with self._lock:
-            now = self._clock()
-            while self._found and next(iter(self._found.values())).until <= now:
-                self._found.popitem(last=False)
-            keys: list[tuple[bytes, int | None]] = [(chunk_id, None) for chunk_id in chunk_ids]
-            keys += expected
-            return [(key[0], self._found[key]) for key in keys if key in self._found]
-
-
 @cache
-def _fetchers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MAX_FETCHERS, thread_name_prefix="fetch")
+def _make_fetchers(count: int) -> ThreadPoolExecutor:
+    """Threads that wait for stores with so many parallel requests, for all readers of a process."""
+    return ThreadPoolExecutor(count, thread_name_prefix="fetch")
 
 
 @cache
@@ -461,11 +452,13 @@ def _decoders() -> ThreadPoolExecutor:
 
 
 # A child has none of its parent's threads.
-os.register_at_fork(after_in_child=_fetchers.cache_clear)
+os.register_at_fork(after_in_child=_make_fetchers.cache_clear)
 os.register_at_fork(after_in_child=_decoders.cache_clear)
 
 
-def _join_neighbours(places: Mapping[bytes, Location], max_read_bytes: int) -> Iterator[_Run]:
+def _join_neighbours(
+    places: Mapping[bytes, Location], max_gap_bytes: int, max_read_bytes: int
+) -> Iterator[_Run]:
     """Chunks in groups that lie so close together in one pack that one read is the cheapest."""
     run: _Run = []
     for item in sorted(places.items(), key=lambda item: item[1]):
@@ -474,7 +467,7 @@ def _join_neighbours(places: Mapping[bytes, Location], max_read_bytes: int) -> I
             first, last = run[0][1], run[-1][1]
             gap = place.offset - (last.offset + last.stored_length)
             length = place.offset + place.stored_length - first.offset
-            if place.pack != first.pack or gap > MAX_GAP_BYTES or length > max_read_bytes:
+            if place.pack != first.pack or gap > max_gap_bytes or length > max_read_bytes:
                 yield run
                 run = []
         run.append(item)

@@ -206,7 +206,11 @@ def scan_pack(data: bytes) -> Iterator[Record]:
     protected otherwise. Raises `Malformed` when even the beginning is not that of a pack.
     """
     parse_header(data)
-    position = HEADER.size
+    return scan_entries(data, HEADER.size)
+
+
+def scan_entries(data: bytes, position: int) -> Iterator[Record]:
+    """The same of any part of a pack from an entry header on, with offsets from the part's beginning."""
     while position + ENTRY.size <= len(data):
         magic, codec, zeros, stored_length, plain_length, chunk_id = ENTRY.unpack_from(data, position)
         offset = position + ENTRY.size

@@ -8,8 +8,9 @@ import pytest
 from replicate.errors import RepositoryDamaged
 from replicated.cache import ContentCache
 from replicated.chunk.codec import hash_chunk
+from replicated.damages import DAMAGE_KEPT_S
 from replicated.keys import PACK_PREFIX
-from replicated.reader import DAMAGE_KEPT_S, ChunkMemory, ChunkReader
+from replicated.reader import ChunkMemory, ChunkReader
 from replicated.references import iter_chunks
 from replicated.repository import Repository
 from replicated.store.base import Capabilities, KeyMissing
@@ -28,11 +29,12 @@ class FarStore(MemoryStore):
         super().__init__()
         self.fetched = []
         self.spoil = None
+        self.told = Capabilities()
         self.hold = None
 
     @property
     def capabilities(self):
-        return Capabilities()
+        return self.told
 
     def get(self, key, offset=0, length=None):
         data = super().get(key, offset, length)
@@ -122,8 +124,7 @@ def test_cache_that_lies_costs_a_fetch(opened, snapshot, load, store, tmp_path, 
     assert "damaged chunks in the content cache" in caplog.text
 
 
-def test_runs_are_fetched_at_the_same_time(opened, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("replicated.reader.MAX_READ_BYTES", 100_000)
+def test_runs_are_fetched_at_the_same_time(opened, store):
     repository = opened()
     with repository.writer() as writer:
         contents = [
@@ -133,7 +134,7 @@ def test_runs_are_fetched_at_the_same_time(opened, store, tmp_path, monkeypatch)
     ids = [content.ids()[0] for content in contents]
     # Each waits until the other is there as well.
     store.hold = threading.Barrier(2, timeout=60).wait
-    monkeypatch.setattr("replicated.reader.MAX_GAP_BYTES", -1)
+    store.told = Capabilities(max_read_bytes=100_000, max_gap_bytes=-1)
     assert len(opened().read_chunks(ids, [content.size for content in contents])) == 8
     assert len(store.fetched) == 8
 

@@ -1,4 +1,4 @@
-"""Packs for a store where each request costs: several on their way, few in memory, listed once they are there."""
+"""Packs for a store where requests cost: several on their way, few in memory, listed once they are there."""
 
 import random
 import threading

@@ -23,7 +23,8 @@ from replicated.repository import Repository
 CACHED_LISTS: Final = 64
 #: And items of these, as many as such nodes have when they are long; somebody else's may have far more.
 CACHED_ITEMS: Final = 64 * 2048
-#: A reader fetches at most so many bytes of a file at once, and at most so many parts.
+#: A reader fetches at most so many bytes of a file at once, more only where a request takes more and is
+#: costly; and at most so many parts.
 MAX_FETCH_BYTES: Final = 8 << 20
 MAX_FETCH_PARTS: Final = 4096
 #: Parts that are shorter and follow each other are joined up to so many bytes: there is no limit to how short
@@ -78,6 +79,10 @@ class FileReader:
         self._lists: _ChunkLists | None = None
         self._root: _Extents | None = None
         self._layout: _Layout | None = None
+        capabilities = repository.store.capabilities
+        self._fetch_bytes = MAX_FETCH_BYTES
+        if capabilities.has_costly_requests:
+            self._fetch_bytes = max(MAX_FETCH_BYTES, capabilities.max_read_bytes)
         if not content.node and not content.chunk_ids:
             return
         self._lists = _ChunkLists(repository)
@@ -145,8 +150,7 @@ class FileReader:
             for piece in pieces:
                 yield piece.cut(chunks[piece.chunk_id])
 
-    @staticmethod
-    def _iter_batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    def _iter_batches(self, pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         """Pieces in groups whose chunks can be in memory together."""
         batch: list[Piece] = []
         sizes: dict[bytes, int] = {}
@@ -156,7 +160,7 @@ class FileReader:
             if piece.chunk_id not in sizes:
                 sizes[piece.chunk_id] = piece.chunk_length
                 size_bytes += piece.chunk_length
-            if size_bytes >= MAX_FETCH_BYTES or len(batch) == MAX_FETCH_PARTS:
+            if size_bytes >= self._fetch_bytes or len(batch) == MAX_FETCH_PARTS:
                 yield batch
                 batch, sizes, size_bytes = [], {}, 0
         if batch:

@@ -17,6 +17,7 @@ from replicated.directories import Directories, Listing, Node, layers_of, withou
 from replicated.file_reader import FileReader
 from replicated.format.manifest import MAX_DEPTH, FileContent, RootNode
 from replicated.repository import Repository
+from replicated.store.base import Capabilities
 
 __all__ = ["Node", "Tree", "diff_trees", "open_tree"]
 
@@ -35,6 +36,11 @@ class Tree:
         self._repository = repository
         self._entry_limit = entry_limit
         self._directories = Directories(repository)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do that it is read from."""
+        return self._repository.store.capabilities
 
     def listing(self, node: Node) -> Listing:
         """What a directory holds, of which no more is read than is asked for.

@@ -16,6 +16,7 @@ from replicate.errors import NotFound
 from replicated.directories import FixedListing, Node
 from replicated.file_reader import Piece
 from replicated.format.manifest import FileContent
+from replicated.store.base import Capabilities
 
 # Servers, and what is put before them, are shared by tests of many areas: `from servers import …`.
 sys.path.append(str(Path(__file__).parent))
@@ -74,6 +75,8 @@ class MemoryTree:
             )
         node = FileContent(len(content), blake3.blake3(content).digest(), b"", (), content)
         return Node(name, "file", mode, mtime_ns, node.size, node.hash, b"", node)
+
+    capabilities = Capabilities(is_near=True)
 
     def listing(self, node):
         return FixedListing(self.children(node).values())

@@ -77,11 +77,13 @@ class MountedFiles:
                 memory_bytes=_MEMORY_BYTES,
             )
             stack.callback(self.repository.close)
-            is_near = self.repository.store.capabilities.is_near
+            capabilities = self.repository.store.capabilities
+            is_near = capabilities.is_near
+            request_bytes = capabilities.max_read_bytes if capabilities.has_costly_requests else None
             snapshots = [self.repository.load_snapshot(snapshot_id) for snapshot_id in self._snapshot_ids]
             roots = [snapshot.root for snapshot in snapshots]
             source = self._open_source(roots)
-            files = OpenFiles(source, cache=cache, is_near=is_near)
+            files = OpenFiles(source, cache=cache, is_near=is_near, request_bytes=request_bytes)
             stack.callback(files.close)
             self.filesystem = self._show(source, roots, files)
             self.filesystem.backing_directory = self._cache_directory

@@ -454,3 +454,21 @@ def test_no_more_of_a_list_without_end_is_looked_at_than_is_read_ahead(supply):
     supply.begin(Share(), file, 0, 1 << 40)
     eventually(lambda: is_quiet(supply))
     assert file.counts == {b"same": 1}
+
+
+def test_what_is_fetched_together_grows_to_what_a_request_is_worth():
+    data = bytes(64 * MIB)
+    file = File(data, [MIB] * 64)
+    together = []
+    fetch = file.fetch
+    file.fetch = lambda chunks: (together.append(sum(chunks.values())), fetch(chunks))[1]
+    supply = ChunkSupply(48 * MIB, is_near=False, batch_bytes=8 * MIB)
+    try:
+        stream = Stream(file, len(data), supply, is_near=False)
+        for offset in range(0, len(data), MIB):
+            assert len(read(stream, offset, MIB)) == MIB
+            supply._workers.wait_idle()
+    finally:
+        supply.close()
+    assert max(together) == 8 * MIB
+    assert len(together) <= 16

@@ -35,6 +35,10 @@ _LOG = logging.getLogger(__name__)
 #: comes from a local disk; of a far store it is what can be on its way at a time.
 NEAR_MEMORY_BYTES: Final = 8 << 20
 FAR_MEMORY_BYTES: Final = 16 << 20
+#: Where requests are costly: large ones, of which some are on their way while others are read.
+COSTLY_MEMORY_BYTES: Final = 48 << 20
+#: No more is fetched in one of them: a quarter of what is read ahead.
+COSTLY_BATCH_BYTES: Final = 8 << 20
 #: Files from this size on are looked for in the cache as a whole; smaller ones may be fetched with others.
 MIN_PLAIN_BYTES: Final = 1 << 20
 #: Files that nobody has open, of which it is remembered how they were read.
@@ -119,7 +123,8 @@ class OpenFiles:
     """Reads the files of a source.
 
     `is_near` says that what is not in memory costs a read of a local disk and no request over a network;
-    `memory_bytes` is what chunks may take of the memory, by default what is good for that.
+    `memory_bytes` is what chunks may take of the memory, by default what is good for that. Where requests are
+    costly, `request_bytes` says how much is worth fetching in one.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class OpenFiles:
         watcher: Watcher | None = None,
         memory_bytes: int | None = None,
         is_near: bool = True,
+        request_bytes: int | None = None,
     ) -> None:
         self._source = source
         self._cache = cache
@@ -138,8 +144,10 @@ class OpenFiles:
         self._watcher = watcher
         self._is_near = is_near
         if memory_bytes is None:
-            memory_bytes = NEAR_MEMORY_BYTES if is_near else FAR_MEMORY_BYTES
-        self._supply = ChunkSupply(memory_bytes, is_near=is_near)
+            far_bytes = FAR_MEMORY_BYTES if request_bytes is None else COSTLY_MEMORY_BYTES
+            memory_bytes = NEAR_MEMORY_BYTES if is_near else far_bytes
+        batch_bytes = None if request_bytes is None else min(request_bytes, COSTLY_BATCH_BYTES)
+        self._supply = ChunkSupply(memory_bytes, is_near=is_near, batch_bytes=batch_bytes)
         #: Counts what was added to the cache as a whole.
         self._cache_state = 1
         #: Guards what follows and the members of files; never held while anything is read.

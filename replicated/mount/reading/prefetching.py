@@ -43,7 +43,7 @@ BATCH_BYTES: Final = 2 << 20
 THREADS_FAR: Final = 4
 THREADS_NEAR: Final = 2
 #: A large file of a far repository is fetched in ranges, several at a time.
-RANGE_BYTES: Final = 4 << 20
+RANGE_BYTES: Final = 8 << 20
 RANGES_AHEAD: Final = 3
 #: What of the cache, and of the memory that is free for the kernel's, may be filled by one mount: more would
 #: push out what was read first.

@@ -88,11 +88,17 @@ class ChunkSupply:
     """Chunks for all readers of a mount. All methods may be called from any thread."""
 
     def __init__(
-        self, limit_bytes: int, *, is_near: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        limit_bytes: int,
+        *,
+        is_near: bool,
+        batch_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`batch_bytes` are fetched together at most, by default what is good where requests cost nothing."""
         self._limit_bytes = limit_bytes
         self._ahead_limit_bytes = limit_bytes * _AHEAD_QUARTERS // 4
-        self._batch_bytes = NEAR_BATCH_BYTES if is_near else FAR_BATCH_BYTES
+        self._batch_bytes = batch_bytes or (NEAR_BATCH_BYTES if is_near else FAR_BATCH_BYTES)
         self._clock = clock
         threads = NEAR_THREADS if is_near else FAR_THREADS
         self._workers = Workers("read-ahead", threads, capacity=_MAX_WAITING)

@@ -684,7 +684,7 @@ class Failure(_message.Message):
     def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., paths: _Optional[_Iterable[bytes]] = ..., error: _Optional[str] = ..., at_ns: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts", "failed_mounts", "leased_files", "leased_bytes", "repositories")
+    __slots__ = ("daemon", "pending", "active", "failed", "bytes_pending", "active_id", "active_bytes_done", "active_bytes_total", "bytes_per_second", "spool_bytes", "failures", "waiting_because", "mounts", "failed_mounts", "leased_files", "leased_bytes", "repositories", "waiting_parts")
     DAEMON_FIELD_NUMBER: _ClassVar[int]
     PENDING_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -702,6 +702,7 @@ class StatusReply(_message.Message):
     LEASED_FILES_FIELD_NUMBER: _ClassVar[int]
     LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
     REPOSITORIES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_PARTS_FIELD_NUMBER: _ClassVar[int]
     daemon: HelloReply
     pending: int
     active: int
@@ -719,7 +720,18 @@ class StatusReply(_message.Message):
     leased_files: int
     leased_bytes: int
     repositories: _containers.RepeatedCompositeFieldContainer[RepositoryStanding]
-    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ..., failed_mounts: _Optional[int] = ..., leased_files: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., repositories: _Optional[_Iterable[_Union[RepositoryStanding, _Mapping]]] = ...) -> None: ...
+    waiting_parts: _containers.RepeatedCompositeFieldContainer[WaitingPart]
+    def __init__(self, daemon: _Optional[_Union[HelloReply, _Mapping]] = ..., pending: _Optional[int] = ..., active: _Optional[int] = ..., failed: _Optional[int] = ..., bytes_pending: _Optional[int] = ..., active_id: _Optional[str] = ..., active_bytes_done: _Optional[int] = ..., active_bytes_total: _Optional[int] = ..., bytes_per_second: _Optional[float] = ..., spool_bytes: _Optional[int] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., waiting_because: _Optional[str] = ..., mounts: _Optional[int] = ..., failed_mounts: _Optional[int] = ..., leased_files: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., repositories: _Optional[_Iterable[_Union[RepositoryStanding, _Mapping]]] = ..., waiting_parts: _Optional[_Iterable[_Union[WaitingPart, _Mapping]]] = ...) -> None: ...
+
+class WaitingPart(_message.Message):
+    __slots__ = ("id", "experiment_id", "waits_for")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    experiment_id: str
+    waits_for: str
+    def __init__(self, id: _Optional[str] = ..., experiment_id: _Optional[str] = ..., waits_for: _Optional[str] = ...) -> None: ...
 
 class RepositoryStanding(_message.Message):
     __slots__ = ("repository", "pending", "active", "bytes_pending", "waiting_because", "hint", "waiting_since_ns", "retry_at_ns")

@@ -308,14 +308,29 @@ class _Overlay:
             elif job.kind == "checkpoint":
                 record = job.checkpoint()
                 state = _visible_state(job)
-                record = dataclasses.replace(record, state=state, error=job.error or record.error)
-                self.checkpoints.setdefault(job.experiment_id, []).append(record)
+                error = record.error if job.waits_for else job.error or record.error
+                record = dataclasses.replace(record, state=state, error=error, waits_for=job.waits_for)
+                self._add_checkpoint(record)
             else:
                 edit = decode_edit(job.record)
                 if isinstance(edit, EndEdit):
                     self.ends[job.experiment_id] = edit
                     if edit.stall_ns:
                         self.stalls.setdefault(job.experiment_id, {})[job.id] = edit.stall_ns
+
+    def _add_checkpoint(self, record: CheckpointRecord) -> None:
+        """Of one that several processes of this machine make, the newest of the lowest rank counts."""
+        found = self.checkpoints.setdefault(record.experiment_id, [])
+        for number, other in enumerate(found):
+            if other.id == record.id:
+                if _rank(record) <= _rank(other):
+                    found[number] = record
+                return
+        found.append(record)
+
+
+def _rank(record: CheckpointRecord) -> int:
+    return record.part.rank if record.part is not None else 0
 
 
 def _visible_state(job: Job) -> SnapshotState:

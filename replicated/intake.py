@@ -12,13 +12,13 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from replicate import wire
-from replicate.errors import CallAbandoned, CaptureFailed, NotFound
+from replicate.errors import CallAbandoned, CaptureFailed, NotFound, RepositoryMissing
 from replicate.ids import ExperimentId, short
 from replicate.records import (
     CheckpointRecord,
@@ -30,7 +30,8 @@ from replicate.records import (
 )
 from replicated.admission import Admission, Bounds
 from replicated.format.metadata import Edit, EndEdit, Heartbeat, ResumeEdit, encode_edit
-from replicated.journal import Job, JobState, Journal, Run
+from replicated.format.shards import RankEdit, decode_rank_edit, encode_rank_edit
+from replicated.journal import Job, JobState, Journal, Run, job_id_of
 from replicated.processes import current_boot_id
 from replicated.repositories import OpenRepositories
 from replicated.snapshot.capture import Captured, Capturer, CaptureRequest
@@ -142,13 +143,16 @@ class Intake:
         Raises `PathMissing` and `QueueFull` when nothing was recorded, and `CaptureFailed` when the
         checkpoint was recorded, with its metrics and the reason, as failed.
         """
-        with self._exclusive(record.id):
-            answered = self._answered(record.id)
+        job_id = job_id_of(record)
+        with self._exclusive(job_id):
+            answered = self._answered(job_id)
             if answered is not None:
                 return answered
-            self._check_experiment(repository, record.experiment_id)
+            # Another rank may be faster than rank 0, which makes the experiment.
+            is_another_rank = record.part is not None and record.part.rank > 0
+            self._check_experiment(repository, record.experiment_id, may_be_missing=is_another_rank)
             job = Job(
-                id=record.id,
+                id=job_id,
                 kind="checkpoint",
                 experiment_id=record.experiment_id,
                 repository=repository,
@@ -184,11 +188,57 @@ class Intake:
     ) -> None:
         """Record how a run ended; with `is_exiting`, its exit status may still make that `failed`."""
         run = self._journal.end_run(experiment_id)
+        member = self._find_member(experiment_id)
         if run is not None and is_exiting and status == "stopped":
             self._watch_exit(run)
         else:
             self._forget(experiment_id)
-        self._add_end(repository, experiment_id, EndEdit(status, ended), stall_ns)
+        if member is not None:
+            self._add_member_end(member, status, ended)
+        else:
+            self._add_end(repository, experiment_id, EndEdit(status, ended), stall_ns)
+
+    def join_experiment(
+        self, repository: str, experiment_id: ExperimentId, edit: RankEdit, process: ProcessIdentity
+    ) -> None:
+        """Record that another process than rank 0 takes part in an experiment, which need not exist yet.
+
+        It is a run of its own, under its `member_id`.
+        """
+        with suppress(RepositoryMissing):
+            self._repositories.get(repository)
+        # First what tells the run from that of an experiment.
+        self._add_rank_edit(repository, experiment_id, edit, edit.member_id)
+        self._begin_run(Run(ExperimentId(edit.member_id), repository, process))
+
+    def _find_member(self, identifier: str) -> Job | None:
+        """The job by which a process joined that is known by this id; None for an experiment."""
+        job = self._journal.find(identifier)
+        return job if job is not None and job.kind == "edit" else None
+
+    def _add_member_end(self, job: Job, status: EndStatus, at: datetime) -> None:
+        joined = decode_rank_edit(job.record)
+        assert joined is not None, "only a rank's first edit has the id of the rank"
+        edit = dataclasses.replace(joined, status=status, time=at)
+        identifier = hashlib.sha256(job.id.encode() + encode_rank_edit(edit)).hexdigest()
+        self._add_rank_edit(job.repository, job.experiment_id, edit, identifier)
+
+    def _add_rank_edit(
+        self, repository: str, experiment_id: ExperimentId, edit: RankEdit, identifier: str
+    ) -> None:
+        self._journal.add(
+            Job(
+                id=identifier,
+                kind="edit",
+                experiment_id=experiment_id,
+                repository=repository,
+                record=encode_rank_edit(edit),
+                created_ns=time.time_ns(),
+                is_durable=True,
+                boot_id=current_boot_id(),
+            )
+        )
+        self._wake(repository)
 
     def resume_experiment(
         self, repository: str, experiment_id: ExperimentId, process: ProcessIdentity, at: datetime
@@ -201,7 +251,13 @@ class Intake:
     def process_gone(self, run: Run, exit_status: int | None) -> None:
         """Record that a training process has ended, if that is news; called by the watcher."""
         is_news = self._journal.end_run(run.experiment_id) is not None
-        if exit_status is not None and exit_status > 0:
+        member = self._find_member(run.experiment_id)
+        if member is not None:
+            if exit_status is not None and exit_status > 0:
+                self._add_member_end(member, "failed", utc_now())
+            elif is_news:
+                self._add_member_end(member, "killed", utc_now())
+        elif exit_status is not None and exit_status > 0:
             self._add_end(run.repository, run.experiment_id, EndEdit("failed", utc_now()))
         elif is_news:
             self._add_end(run.repository, run.experiment_id, EndEdit("killed", utc_now()))
@@ -209,7 +265,7 @@ class Intake:
     def beat(self, run: Run, host: str) -> None:
         """Write the heartbeat of a run, once its experiment is in the repository; best effort."""
         job = self._journal.find(run.experiment_id)
-        if job is not None and job.state != "stored":
+        if job is not None and (job.state != "stored" or job.kind == "edit"):
             return
         repository = self._repositories.get(run.repository)
         repository.put_heartbeat(Heartbeat(run.experiment_id, utc_now(), host, run.process))
@@ -261,8 +317,12 @@ class Intake:
             return None
         return Accepted(Captured(job.file_count, job.size_bytes, ()), _public_state(job.state))
 
-    def _check_experiment(self, repository: str, experiment_id: ExperimentId) -> None:
+    def _check_experiment(
+        self, repository: str, experiment_id: ExperimentId, *, may_be_missing: bool = False
+    ) -> None:
         job = self._journal.find(experiment_id)
+        if job is None and may_be_missing:
+            return
         if job is None:
             self._repositories.get(repository).load_experiment(experiment_id)
         elif job.state == "removed":

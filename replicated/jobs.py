@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from replicate.errors import CaptureFailed, NotFound, ReplicateError, RepositoryUnreachable
-from replicate.ids import short
+from replicate.ids import CheckpointId, short
 from replicated.format.manifest import RootNode
-from replicated.format.metadata import EndEdit, decode_edit
+from replicated.job_records import publication_of, put_edit, rank_of
 from replicated.journal import Job, Journal
+from replicated.part_jobs import PartJobs
+from replicated.parts import Settled
 from replicated.processes import current_boot_id
-from replicated.publishing import Publication, publish_checkpoint, publish_experiment
+from replicated.publishing import Publication
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
 from replicated.snapshot.capture import Capturer
@@ -201,7 +203,8 @@ class Jobs:
         deadline = time.monotonic() + timeout_s
         if timeout_s > 0:
             with self._lock:
-                resting = [worker for worker in self._workers.values() if worker.waiting_because]
+                # Also one that only looks now and then for the parts of other processes.
+                resting = [worker for worker in self._workers.values() if worker.active is None]
             for worker in resting:
                 worker.wake.set()  # it may be well again
         while not self._stopping:
@@ -266,6 +269,7 @@ class _Worker:
         self.waiting_because = ""
         # The thread's own.
         self._storing = jobs._make_storing()
+        self._parts = PartJobs(jobs._journal, repository, self._put, lambda: jobs.is_urgent)
         self._pause_s = FIRST_PAUSE_S
         self._unexpected = 0
         self.thread = threading.Thread(target=self._run, name="store", daemon=True)
@@ -286,11 +290,13 @@ class _Worker:
 
     def _take_next(self) -> None:
         """Store the oldest job, or wait for one; after trouble, wait for better times."""
-        job = self._jobs._journal.next_captured(self._repository)
+        job = self._parts.take_due() or self._jobs._journal.next_captured(self._repository)
         if job is None:
             self.waiting_because = ""
-            self.wake.wait()
+            is_woken = self.wake.wait(self._parts.pause_s())
             self.wake.clear()
+            if not is_woken:
+                return
             # The request that told of it is not answered yet, and would wait for Python's lock.
             time.sleep(_AFTER_YOU_S)
             return
@@ -348,16 +354,31 @@ class _Worker:
         # Only an experiment may make a repository: elsewhere a missing one has been moved or unmounted, and
         # an empty one in its place would take in checkpoints of experiments that it does not hold.
         repository = jobs._repositories.get(job.repository, create=job.kind == "experiment")
-        if job.kind != "experiment":
+        rank = rank_of(job)
+        # Ranks other than 0 may be faster than rank 0, which makes the experiment.
+        if job.kind != "experiment" and not rank:
             self._check_experiment(repository, job)
         if job.kind == "edit":
             with jobs.publishing:
-                _put_edit(repository, job)
+                put_edit(repository, job)
             self._finish(job)
-            return
+        elif rank is not None:
+            settled = self._parts.store(repository, job, job.checkpoint())
+            self._forget(job)  # its files are in the repository, or will never be
+            if settled is not None:
+                self._settle(repository, job, settled)
+        elif self._put(repository, job, lambda root: publication_of(job, root)):
+            self._finish(job)
+
+    def _put(self, repository: Repository, job: Job, make: Callable[[RootNode | None], Publication]) -> bool:
+        """Have the files of a job stored, and publish what is made of their root.
+
+        Gives False, and publishes nothing, when nobody wants it any more.
+        """
+        jobs = self._jobs
         for _ in range(MOST_STORED_ANEW):
             stored = self._ingest(job) if job.has_files else None
-            publication = _publication(job, stored.root if stored else None)
+            publication = make(stored.root if stored else None)
             if stored is None or self._announce(repository, job, publication, stored):
                 break
             _log.info("%s: what it relied on was collected meanwhile, storing it again", short(job.id))
@@ -369,12 +390,23 @@ class _Worker:
             if not self._is_wanted(job):
                 repository.publisher.withdraw(publication)
                 self._forget(job)
-                return
+                return False
             if stored is None:
                 repository.publisher.publish(publication)
             else:
                 repository.publisher.commit(publication)
-        self._finish(job)
+        return True
+
+    def _settle(self, repository: Repository, job: Job, settled: Settled) -> None:
+        """Commit what has become of a checkpoint that several processes made."""
+        jobs = self._jobs
+        self._parts.forget(job.id)
+        with jobs.publishing:
+            if not self._is_wanted(job):
+                # Removed while it was published.
+                repository.delete_checkpoint(job.experiment_id, CheckpointId(job.subject_id))
+        jobs._journal.finish(job.id, settled.state, time.time_ns(), settled.error)
+        jobs._finished()
 
     def _announce(
         self, repository: Repository, job: Job, publication: Publication, stored: StoredTree
@@ -441,6 +473,8 @@ class _Worker:
                     return
                 if job.kind == "experiment":
                     repository.put_experiment(job.experiment())
+                elif rank_of(job) is not None:
+                    self._parts.give_up(repository, job.checkpoint(), reason)
                 elif job.kind == "checkpoint":
                     self._check_experiment(repository, job)
                     repository.put_checkpoint(
@@ -463,20 +497,3 @@ class _Worker:
         self.bytes_done = bytes_done
         if self._jobs.is_stopping:
             raise _Stopped
-
-
-def _put_edit(repository: Repository, job: Job) -> None:
-    edit = decode_edit(job.record)
-    assert edit is not None, "the journal holds edits of this version only"
-    repository.put_edit(job.experiment_id, job.id, edit)
-    if isinstance(edit, EndEdit):
-        repository.delete_heartbeat(job.experiment_id)
-
-
-def _publication(job: Job, root: RootNode | None) -> Publication:
-    """What is published of an experiment or a checkpoint that is stored."""
-    if job.kind == "experiment":
-        return publish_experiment(job.experiment(), root)
-    record = job.checkpoint()
-    # One whose files could not be captured is published too, for the sake of its metrics.
-    return publish_checkpoint(record if record.error else dataclasses.replace(record, state="stored"), root)

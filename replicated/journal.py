@@ -58,7 +58,7 @@ CREATE TABLE jobs (
     -- Boot in which it was captured: after another boot, a spool that was not fsynced is not believed.
     boot_id TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('captured', 'stored', 'failed', 'removed')),
-    -- Why it failed; empty otherwise.
+    -- Why it failed; of a captured one, what it waits for though its files are stored; empty otherwise.
     error TEXT NOT NULL DEFAULT '',
     created_ns INTEGER NOT NULL,
     -- 0 until it is stored, failed or removed.
@@ -132,6 +132,16 @@ class Job:
     spooled_bytes: int = 0
     #: Bytes a second that may be sent for it; 0: no limit.
     upload_limit: int = 0
+
+    @property
+    def subject_id(self) -> str:
+        """The experiment, checkpoint or edit; one process's part of a checkpoint has an id of its own."""
+        return self.id.partition("-")[0]
+
+    @property
+    def waits_for(self) -> str:
+        """What a part of a checkpoint waits for whose files are stored; empty for all else."""
+        return self.error if self.state == "captured" else ""
 
     def experiment(self) -> ExperimentRecord:
         """The record of an experiment's job."""
@@ -247,16 +257,31 @@ class Journal:
                 return bool(self._connection.execute(query).fetchone()[0])
             query = (
                 "SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'captured' "
-                "AND (id = ? OR experiment_id = ?))"
+                "AND (id = ? OR experiment_id = ? OR (id > ? || '-' AND id < ? || '.')))"
             )
-            return any(self._connection.execute(query, (one, one)).fetchone()[0] for one in wanted)
+            return any(self._connection.execute(query, (one,) * 4).fetchone()[0] for one in wanted)
 
     def next_captured(self, repository: str) -> Job | None:
         """The oldest job that waits to be stored in a repository."""
         found = self._select(
-            "WHERE state = 'captured' AND repository = ? ORDER BY seq LIMIT 1", (repository,)
+            "WHERE state = 'captured' AND repository = ? AND error = '' ORDER BY seq LIMIT 1", (repository,)
         )
         return found[0] if found else None
+
+    def waiting_parts(self, repository: str) -> list[Job]:
+        """Parts of checkpoints that are stored in a repository and wait for those of other processes."""
+        return self._select(
+            "WHERE state = 'captured' AND repository = ? AND error != '' ORDER BY seq", (repository,)
+        )
+
+    def set_waiting(self, identifier: str, waits_for: str) -> None:
+        """Commit that the files of a part are in the repository, and what it waits for now."""
+        with self._writing():
+            self._connection.execute(
+                "UPDATE jobs SET error = ?, has_files = 0, frozen_bytes = 0, spooled_bytes = 0, "
+                "entries = x'' WHERE id = ? AND state = 'captured'",
+                (waits_for, identifier),
+            )
 
     def unfinished(self, repository: str) -> list[Job]:
         """Jobs of a repository that readers of the repository alone cannot see: captured or failed."""
@@ -421,6 +446,16 @@ class _WriteAheadLog:
                         self._commits = 0
                 except (OSError, sqlite3.Error) as error:
                     _logger.error("the journal cannot be synced: %s", error)
+
+
+def job_id_of(record: CheckpointRecord) -> str:
+    """The id of the job of a checkpoint; repeating the request gives the same one.
+
+    Parts of several processes may be in one journal, and so may those of an earlier start of the same job.
+    """
+    if record.part is None:
+        return record.id
+    return f"{record.id}-{record.part.rank}-{wire.encode_time(record.created)}"
 
 
 def _unwritable(error: Exception) -> StateUnwritable:

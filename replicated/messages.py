@@ -17,6 +17,7 @@ from replicate.ids import ExperimentId, is_id
 from replicate.records import ProcessIdentity
 from replicated.admission import DEFAULT_QUEUE_BYTES, DEFAULT_SPOOL_BYTES, Bounds
 from replicated.experiments import Resolution
+from replicated.format.shards import RankEdit
 from replicated.intake import Terms
 from replicated.journal import Job
 from replicated.mount.engine.choosing import EngineState
@@ -130,6 +131,20 @@ def encode_resolution(resolution: Resolution) -> pb.Resolution:
     return message
 
 
+def decode_joining(message: pb.JoinExperimentRequest) -> RankEdit:
+    """Who joins an experiment; raises `InvalidArgument`."""
+    if not is_id(message.member_id) or not 0 < message.rank < message.world_size <= wire.MAX_WORLD_SIZE:
+        raise InvalidArgument(f"not another rank than 0 of {message.world_size}: {message.rank}")
+    return RankEdit(
+        member_id=message.member_id,
+        rank=message.rank,
+        world_size=message.world_size,
+        attempt=message.attempt,
+        status="joined",
+        time=wire.decode_time(message.at_ns),
+    )
+
+
 def decode_mount_options(message: pb.MountRequest) -> MountOptions:
     """How to mount; raises `InvalidArgument`."""
     if message.engine not in ("", "auto", *ENGINES):
@@ -214,11 +229,18 @@ def encode_failure(job: Job) -> pb.Failure:
     elif job.kind == "checkpoint":
         paths = job.checkpoint().paths
     return pb.Failure(
-        id=job.id,
+        id=job.subject_id,
         experiment_id=job.experiment_id,
         paths=map(wire.encode_path, paths),
         error=wire.encode_text(job.error),
         at_ns=job.created_ns,
+    )
+
+
+def encode_waiting_part(job: Job) -> pb.WaitingPart:
+    """A part of a checkpoint that waits for those of other processes, as a message."""
+    return pb.WaitingPart(
+        id=job.subject_id, experiment_id=job.experiment_id, waits_for=wire.encode_text(job.waits_for)
     )
 
 

@@ -31,8 +31,8 @@ from replicated.store.base import KeyMissing
 #: them: where none has joined, and where some have, or are expected to.
 ALONE_AFTER_S: Final = 15.0
 ALONE_AMONG_OTHERS_AFTER_S: Final = 60.0
-#: How long nothing may be heard before the checkpoint is given up: of a rank that never joined, and of one that
-#: joined and has not ended, whose daemon may be storing a large part.
+#: How long nothing may be heard before the checkpoint is given up: of a rank that never joined, and of one
+#: that joined and has not ended, whose daemon may be storing a large part.
 PATIENCE_S: Final = 30 * 60.0
 JOINED_PATIENCE_S: Final = 2 * 3600.0
 #: Collectors would have to take what is relied on so often in a row.
@@ -105,10 +105,9 @@ def _judge_alone(situation: Situation) -> Verdict:
     """Of a checkpoint of rank 0 when no other rank has ever added files, and none is known to have died."""
     part = situation.part
     is_among_others = bool(situation.members) or part.is_expected
-    if is_among_others and len(situation.members) == part.world_size - 1:
-        # All have joined and some may still come; those that have ended well never will.
-        if all(status == "stopped" for status in situation.members.values()):
-            return Verdict("alone")
+    statuses = situation.members.values()
+    if len(statuses) == part.world_size - 1 and all(status == "stopped" for status in statuses):
+        return Verdict("alone")  # they have ended well, and will add nothing any more
     patience_s = ALONE_AMONG_OTHERS_AFTER_S if is_among_others else ALONE_AFTER_S
     if situation.age_s >= patience_s:
         return Verdict("alone")
@@ -164,7 +163,9 @@ class Parts:
         #: Starts of jobs, by experiment and attempt, of which it is known whether other ranks add files.
         self._others_add: dict[tuple[str, str], bool] = {}
 
-    def is_alone(self, repository: Repository, record: CheckpointRecord, earlier: list[CheckpointRecord]) -> bool:
+    def is_alone(
+        self, repository: Repository, record: CheckpointRecord, earlier: list[CheckpointRecord]
+    ) -> bool:
         """Whether it is settled that rank 0 alone makes the checkpoints of this start of its job.
 
         `earlier`: those of this experiment that this daemon has stored, newest last.
@@ -184,7 +185,9 @@ class Parts:
         if self._others_add.get(run) is not False:
             return False
         # Some other rank may have changed its mind.
-        ranks = (_rank_of(info.key) for info in repository.store.list(f"{SHARD_PREFIX}{record.experiment_id}/"))
+        ranks = (
+            _rank_of(info.key) for info in repository.store.list(f"{SHARD_PREFIX}{record.experiment_id}/")
+        )
         if any(ranks):
             self._others_add[run] = True
         return not self._others_add[run]
@@ -216,9 +219,7 @@ class Parts:
         if present - {0}:
             self._others_add[run] = True
         age_s, quiet_s, since = describe(present)
-        situation = Situation(
-            part, present, members, self._others_add.get(run, False), age_s, quiet_s, since
-        )
+        situation = Situation(part, present, members, self._others_add.get(run, False), age_s, quiet_s, since)
         verdict = judge(situation)
         if verdict.kind == "wait":
             return verdict.text
@@ -228,9 +229,15 @@ class Parts:
             return Settled("failed", verdict.text)
         if verdict.kind == "alone":
             self._others_add[run] = False
-            root = _load_shard(repository, record, 0).root
-            single = dataclasses.replace(_as_stored(record), world_size=1, paths=record.paths)
-            return self._publish(repository, record, lambda: (single, root, None), {0})
+            shard = _load_shard(repository, record, 0)
+            single = dataclasses.replace(
+                _as_stored(record),
+                world_size=1,
+                paths=record.paths,
+                state="failed" if shard.error else "stored",
+                error=shard.error,
+            )
+            return self._publish(repository, record, lambda: (single, shard.root, None), {0})
         failed = dataclasses.replace(
             _as_stored(record), state="failed", error=verdict.text, paths=record.paths
         )
@@ -279,7 +286,7 @@ class Parts:
     ) -> Settled:
         """Publish the record of a checkpoint, and take away the shards that it was made of.
 
-        `make` gives the record, the root of its tree, and the generation of the index under which that was made.
+        `make` gives the record, the root of its tree, and the generation of the index under which that is.
         """
         publisher = repository.publisher
         for _ in range(_MOST_TRIES):

@@ -9,6 +9,7 @@ import fcntl
 import functools
 import os
 import struct
+import time
 
 from replicate.records import ProcessIdentity
 
@@ -45,6 +46,14 @@ def is_alive(process: ProcessIdentity) -> bool:
     if process.boot_id != current_boot_id():
         return False
     return start_ticks(process.pid) == process.start_ticks
+
+
+def age_s(process: ProcessIdentity) -> float | None:
+    """How long ago a process of this boot of this machine started; None for others."""
+    if process.boot_id != current_boot_id() or not process.start_ticks:
+        return None
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return max(0.0, now - process.start_ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def identify(pid: int) -> ProcessIdentity | None:

@@ -126,4 +126,4 @@ class Removal:
 
     def _jobs_of(self, item: Removable) -> list[Job]:
         jobs = self._journal.of_experiment(item.experiment_id)
-        return [job for job in jobs if item.kind == "experiment" or job.id == item.id]
+        return [job for job in jobs if item.kind == "experiment" or job.subject_id == item.id]

@@ -34,12 +34,13 @@ from replicated.checkout.writing import execute
 from replicated.experiments import Experiments
 from replicated.intake import Accepted, Intake
 from replicated.jobs import Jobs
-from replicated.journal import Job, Journal
+from replicated.journal import Job, Journal, job_id_of
 from replicated.messages import (
     check_experiment_id,
     check_repository,
     decode_capture,
     decode_directory,
+    decode_joining,
     decode_mount_options,
     decode_owner,
     decode_target,
@@ -51,6 +52,7 @@ from replicated.messages import (
     encode_probe_step,
     encode_resolution,
     encode_usage_report,
+    encode_waiting_part,
 )
 from replicated.mount.engine import choosing
 from replicated.mount.life.table import MountTable
@@ -226,7 +228,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         self, request: pb.CreateCheckpointRequest, is_wanted: Callable[[], bool]
     ) -> pb.CaptureReply:
         record = wire.decode_checkpoint(request.checkpoint)
-        capture = decode_capture(record.id, request.capture)
+        capture = decode_capture(job_id_of(record), request.capture)
         repository = check_repository(request.repository)
         terms = decode_terms(request.capture, is_wanted, request.stall_ns, request.missed_because)
         accepted = self._services.intake.create_checkpoint(repository, record, capture, terms)
@@ -269,6 +271,16 @@ class _Servicer(pb_grpc.DaemonServicer):
             wire.decode_time(request.at_ns),
         )
         return wire.encode_summary(self._services.experiments.resolve(repository, reference).summary)
+
+    @_unary
+    def JoinExperiment(self, request: pb.JoinExperimentRequest) -> pb.JoinExperimentReply:
+        self._services.intake.join_experiment(
+            check_repository(request.repository),
+            check_experiment_id(request.experiment_id),
+            decode_joining(request),
+            wire.decode_process(request.process),
+        )
+        return pb.JoinExperimentReply()
 
     # Reading
 
@@ -423,7 +435,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         services = self._services
 
         def is_meant(job: Job) -> bool:
-            return not ids or job.id in ids or job.experiment_id in ids
+            return not ids or job.subject_id in ids or job.experiment_id in ids
 
         captured = [job for job in services.journal.captured() if is_meant(job)]
         failed = [job for job in services.journal.failed() if is_meant(job)]
@@ -436,7 +448,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             pending=len(captured) - len(active),
             active=len(active),
             failed=len(failed),
-            bytes_pending=max(0, sum(job.size_bytes for job in captured) - done),
+            bytes_pending=max(0, sum(job.size_bytes for job in captured if not job.waits_for) - done),
             active_id=progress.active_id,
             active_bytes_done=progress.bytes_done,
             active_bytes_total=progress.bytes_total,
@@ -448,6 +460,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             failed_mounts=sum(mount.is_given_up for mount in mounts),
             leased_files=services.held.count,
             leased_bytes=services.held.size_bytes,
+            waiting_parts=[encode_waiting_part(job) for job in captured if job.waits_for],
         )
 
     def _hello(self) -> pb.HelloReply:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from replicate import connection
 from replicate.channel import DaemonInfo, decode_daemon, protocol_error
 from replicate.config import absolute_path
+from replicate.ids import short
 from replicate.lazy import LazyModule
 from replicate.records import (
     CheckpointRecord,
@@ -70,6 +71,15 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingPart:
+    """A checkpoint of several processes that waits for parts of others."""
+
+    id: str
+    experiment_id: str
+    waits_for: str
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonStatus:
     """The daemon and its queue at one moment."""
 
@@ -94,6 +104,8 @@ class DaemonStatus:
     #: Kept from changing by a lease until they are stored, in place of a copy.
     leased_files: int
     leased_bytes: int
+    #: Checkpoints of several processes of which this machine has stored its part.
+    waiting_parts: tuple[WaitingPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +297,8 @@ def wait_stored(
         if reply.pending + reply.active == 0:
             return reply
         if left_s == 0:
-            raise TimeoutError(f"not everything is stored after {timeout_s:g} s")
+            waits = "; ".join(f"{short(part.id)} {part.waits_for}" for part in reply.waiting_parts[:3])
+            raise TimeoutError(f"not everything is stored after {timeout_s:g} s" + (waits and f": {waits}"))
 
 
 def remove(
@@ -369,6 +382,9 @@ def _decode_status(message: pb.StatusReply) -> DaemonStatus:
         failed_mounts=message.failed_mounts,
         leased_files=message.leased_files,
         leased_bytes=message.leased_bytes,
+        waiting_parts=tuple(
+            WaitingPart(part.id, part.experiment_id, part.waits_for) for part in message.waiting_parts
+        ),
     )
 
 

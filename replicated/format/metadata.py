@@ -84,6 +84,15 @@ class Heartbeat:
     process: ProcessIdentity | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """Packs that a collector wants to delete: nobody may begin to rely on them."""
+
+    packs: frozenset[bytes]
+    #: That nothing needs them has been made sure since: they are being deleted, or are gone.
+    is_final: bool = False
+
+
 # Experiments
 
 
@@ -106,7 +115,7 @@ def encode_experiment(record: ExperimentRecord, root: RootNode | None = None) ->
             "git": _encode_git(record.git),
             "replicate_version": record.replicate_version,
             "process": _encode_process(record.process),
-            **_snapshot_member(root),
+            **snapshot_member(root),
         }
     )
 
@@ -138,28 +147,36 @@ def decode_experiment(data: bytes) -> ExperimentRecord:
 
 def encode_checkpoint(record: CheckpointRecord, root: RootNode | None = None) -> bytes:
     """`checkpoints/<experiment id>/<id>.json`; the state is stored or failed, with a `root` stored."""
-    if record.state == "captured":
-        raise ValueError(f"a checkpoint that is not stored yet has no place in a repository: {record.id}")
-    primary = record.primary_metric
-    return _seal(
-        {
-            "id": record.id,
-            "experiment_id": record.experiment_id,
-            "created": format_time(record.created),
-            "step": record.step,
-            "paths": list(record.paths),
-            "metrics": encode_value(record.metrics),
-            "primary_metric": None if primary is None else {"name": primary.name, "goal": primary.goal},
-            "state": record.state,
-            "error": record.error,
-            **_snapshot_member(root),
-        }
-    )
+    return _seal({**checkpoint_members(record), **snapshot_member(root)})
 
 
 def decode_checkpoint(data: bytes) -> CheckpointRecord:
     """What `encode_checkpoint` wrote."""
-    members = _unseal(data)
+    return read_checkpoint(_unseal(data))
+
+
+def checkpoint_members(record: CheckpointRecord) -> dict[str, Any]:
+    """The members of the record of a checkpoint in state stored or failed, but for its snapshot."""
+    if record.state == "captured":
+        raise ValueError(f"a checkpoint that is not stored yet has no place in a repository: {record.id}")
+    primary = record.primary_metric
+    return {
+        "id": record.id,
+        "experiment_id": record.experiment_id,
+        "created": format_time(record.created),
+        "step": record.step,
+        "paths": list(record.paths),
+        "metrics": encode_value(record.metrics),
+        "primary_metric": None if primary is None else {"name": primary.name, "goal": primary.goal},
+        "state": record.state,
+        "error": record.error,
+        # Absent for one process, so that the record of a checkpoint of rank 0 alone is as ever.
+        **({"world_size": record.world_size} if record.world_size > 1 else {}),
+    }
+
+
+def read_checkpoint(members: Members) -> CheckpointRecord:
+    """The record that `checkpoint_members` describes."""
     return CheckpointRecord(
         id=CheckpointId(members.id("id")),
         experiment_id=ExperimentId(members.id("experiment_id")),
@@ -170,6 +187,7 @@ def decode_checkpoint(data: bytes) -> CheckpointRecord:
         primary_metric=_decode_optional(members.optional("primary_metric"), _decode_primary_metric),
         state="failed" if _choice(members, "state", ("stored", "failed")) == "failed" else "stored",
         error=members.get("error", str, ""),
+        world_size=max(1, members.natural("world_size", 1)),
     )
 
 
@@ -238,7 +256,10 @@ def encode_condemned(packs: Iterable[bytes], condemned: datetime, host: str) -> 
 
 def decode_condemned(data: bytes) -> frozenset[bytes]:
     """The packs in what `encode_condemned` wrote."""
-    names = _unseal(data).strings("packs")
+    members = _unseal(data)
+    members.time("condemned")
+    members.get("host", str, "")
+    names = members.strings("packs")
     if not all(is_id(name) for name in names):
         raise Malformed("member 'packs' holds something that is not the name of a pack")
     return frozenset(map(bytes.fromhex, names))
@@ -260,7 +281,8 @@ def decode_snapshot(data: bytes) -> Snapshot | None:
     return Snapshot(SnapshotId(name), root)
 
 
-def _snapshot_member(root: RootNode | None) -> dict[str, Any]:
+def snapshot_member(root: RootNode | None) -> dict[str, Any]:
+    """The member `snapshot` of a record, if it has files."""
     return {} if root is None else {"snapshot": encode_root(root)}
 
 

@@ -77,6 +77,8 @@ def checkpoint_json(checkpoint: CheckpointRecord) -> dict[str, Json]:
         "primary_metric": {"name": primary.name, "goal": primary.goal} if primary else None,
         "state": checkpoint.state,
         "error": checkpoint.error or None,
+        "world_size": checkpoint.world_size,
+        "waits_for": checkpoint.waits_for or None,
     }
 
 

@@ -18,7 +18,7 @@ from replicate.cli.render.storing import (
 )
 from replicate.cli.session import Session
 from replicate.errors import ReplicateError, RepositoryMissing
-from replicate.ids import parse_reference
+from replicate.ids import parse_reference, short
 from replicate.phrases import escape, plural
 
 #: Of the snapshots that `du` leaves out.
@@ -90,6 +90,9 @@ def flush(session: Session, reference: str | None, timeout_s: float | None, as_j
             end = query.wait_stored(ids, timeout_s, show)
         except TimeoutError:
             left = f": {describe_queue(last)}" if last else ""
+            if last and last.waiting_parts:
+                part = last.waiting_parts[0]
+                left += f"; {short(part.id)} {part.waits_for}"
             raise ReplicateError(
                 f"not everything is stored after {timeout_s:g} s{left}",
                 hint="nothing is lost, the daemon goes on; `replicate status` shows how far it is",

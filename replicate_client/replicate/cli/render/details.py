@@ -68,7 +68,11 @@ def _render_checkpoint_body(checkpoint: CheckpointRecord, view: View) -> str:
         ("Created", _moment_and_age(checkpoint, view)),
         ("Step", str(checkpoint.step)),
         ("Path", _render_paths(checkpoint.paths)),
-        ("Files", _render_state(checkpoint.state, checkpoint.error, checkpoint.paths)),
+        (
+            "Files",
+            _render_state(checkpoint.state, checkpoint.error, checkpoint.paths, checkpoint.waits_for),
+        ),
+        ("Processes", str(checkpoint.world_size) if checkpoint.world_size > 1 else ""),
     ]
     primary = checkpoint.primary_metric
     metrics = [
@@ -141,11 +145,11 @@ def _render_paths(paths: Sequence[str]) -> str:
     return escape(", ".join(paths))
 
 
-def _render_state(state: str, error: str, paths: Sequence[str]) -> str:
-    if not paths:
+def _render_state(state: str, error: str, paths: Sequence[str], waits_for: str = "") -> str:
+    if not paths and not waits_for:
         return "(none saved)"
     if state == "captured":
-        return "captured, being stored…"
+        return escape(f"captured, {waits_for}") if waits_for else "captured, being stored…"
     return escape(f"failed: {error}") if state == "failed" else "stored"
 
 

@@ -33,6 +33,11 @@ def render_status(status: DaemonStatus, view: View) -> str:
         ("Mounts", _describe_mounts(status, view)),
     ]
     text = render_fields(fields)
+    if status.waiting_parts:
+        waits = [
+            f"{view.paint(short(part.id), 'cyan')}  {escape(part.waits_for)}" for part in status.waiting_parts
+        ]
+        text += render_section("Waiting for other processes", "\n".join(waits) + "\n", view)
     if status.failures:
         text += render_section("Failed", render_failures(status.failures, view), view)
     return text
@@ -96,6 +101,10 @@ def status_json(status: DaemonStatus) -> dict[str, Json]:
         "leased": {"files": status.leased_files, "bytes": status.leased_bytes},
         "mounts": status.mounts,
         "failed_mounts": status.failed_mounts,
+        "waiting_parts": [
+            {"id": part.id, "experiment_id": part.experiment_id, "waits_for": part.waits_for}
+            for part in status.waiting_parts
+        ],
         "failures": [_failure_json(failure) for failure in status.failures],
     }
 

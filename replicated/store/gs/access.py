@@ -40,6 +40,8 @@ SCOPES: Final = ("https://www.googleapis.com/auth/devstorage.read_write",)
 #: Connections that are kept for threads that ask at the same time.
 KEPT_CONNECTIONS: Final = 32
 
+DEFAULT_UNIVERSE: Final = "googleapis.com"
+
 _METADATA_HOST: Final = "metadata.google.internal"
 _METADATA_TIMEOUT_S: Final = 3.0
 _LOGIN_HINT: Final = (
@@ -57,6 +59,8 @@ class Access:
     is_emulator: bool
     #: None: no bucket can be made.
     project: str | None
+    #: Whose cloud it is: there are some that Google built for others.
+    universe: str = DEFAULT_UNIVERSE
 
 
 def find_access(environment: Mapping[str, str] | None) -> Access:
@@ -79,8 +83,8 @@ def find_access(environment: Mapping[str, str] | None) -> Access:
     except google.auth.exceptions.GoogleAuthError as error:
         reason = str(error).partition("\n")[0].strip().rstrip(".")
         raise RepositoryUnreachable(f"no credentials for Google Cloud: {reason}", hint=_LOGIN_HINT) from error
-    universe = getattr(credentials, "universe_domain", "googleapis.com")
-    return Access(credentials, f"https://storage.{universe}", False, named or project)
+    universe = credentials.universe_domain
+    return Access(credentials, f"https://storage.{universe}", False, named or project, universe)
 
 
 def _find_credentials(variables: Mapping[str, str]) -> tuple[Any, str | None]:
@@ -94,7 +98,8 @@ def _find_credentials(variables: Mapping[str, str]) -> tuple[Any, str | None]:
     if os.path.isfile(path):
         return _load(path)
     if variables.get("NO_GCE_CHECK", "").lower() != "true" and _is_machine_of_google(variables):
-        return google.auth.compute_engine.Credentials(scopes=SCOPES), None
+        universe = variables.get("GOOGLE_CLOUD_UNIVERSE_DOMAIN") or DEFAULT_UNIVERSE
+        return google.auth.compute_engine.Credentials(scopes=SCOPES, universe_domain=universe), None
     raise google.auth.exceptions.DefaultCredentialsError(
         f"neither GOOGLE_APPLICATION_CREDENTIALS nor {path} is there"
     )
@@ -159,8 +164,12 @@ def connect(access: Access, answers: Answers) -> Client:
     session.mount(access.endpoint, HTTPAdapter(pool_maxsize=KEPT_CONNECTIONS))
     session.hooks["response"].append(answers.note)
     options = {"api_endpoint": access.endpoint}
-    if not access.is_emulator and access.endpoint != "https://storage.googleapis.com":
-        options["universe_domain"] = access.endpoint.removeprefix("https://storage.")
-    return Client(
+    if access.universe != DEFAULT_UNIVERSE:
+        options["universe_domain"] = access.universe
+    client = Client(
         project=access.project, credentials=access.credentials, _http=session, client_options=options
     )
+    # Asks what is known of the bucket, in a thread of its own, also where nothing is traced: a request that
+    # nobody wants, and that who may only use objects is refused. (3.17; the library can do without.)
+    client._bucket_metadata_cache = None
+    return client

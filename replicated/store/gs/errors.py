@@ -26,6 +26,8 @@ THROTTLING: Final = frozenset({429, 503})
 _THROTTLING_REASONS: Final = frozenset({"rateLimitExceeded", "userRateLimitExceeded"})
 # OSError is the base of what `requests` raises; what breaks off in a body comes from below it.
 _FAILURES: Final = (GoogleAPICallError, GoogleAuthError, DataCorruption, HTTPError, OSError)
+# What the library raises over an answer that is not what it should be.
+_UNREADABLE: Final = (ValueError, KeyError, TypeError)
 
 
 @contextlib.contextmanager
@@ -38,6 +40,8 @@ def explained(action: str, place: str) -> Iterator[None]:
         yield
     except _FAILURES as error:
         raise translate(error, action, place) from error
+    except _UNREADABLE as error:
+        raise StoreBusy(f"cannot {action} {place}: the answer makes no sense: {_one_line(error)}") from error
 
 
 def translate(error: Exception, action: str, place: str) -> RepositoryError:

@@ -86,7 +86,7 @@ class GsStore:
                     raise StoreBusy(f"{self._url_of(key)} was there and has gone again") from None
                 return
         if is_checked and not self._is_stored(key, data, is_ours=True):
-            raise StoreBusy(f"{self._url_of(key)} was written, and is not there")
+            raise StoreBusy(f"cannot write {self._url_of(key)}: the server took it, and does not have it")
 
     def replace(self, key: str, data: bytes) -> None:
         """See `Store.replace`."""
@@ -256,6 +256,8 @@ class GsStore:
                 same = base64.b64decode(blob.md5_hash) == hashlib.md5(data, usedforsecurity=False).digest()
             else:
                 same = self.get(key) == data
+        if not same and is_ours:
+            raise StoreBusy(f"cannot write {self._url_of(key)}: the server holds other bytes than were sent")
         if not same:
             raise RepositoryDamaged(
                 f"another object is already stored as {key} in {self.url}", fields={"key": key}

@@ -261,7 +261,7 @@ class ContentWriter:
         if not wanted:
             return {}
         # A base must be stored without one, so that reading never needs more than two chunks.
-        usable = [chunk_id for chunk_id, place in self._index.locate(wanted).items() if not place.base]
+        usable = self._index.find_bases(wanted)
         try:
             return self._reader.read_many(usable, is_once=True)
         except RepositoryError as error:

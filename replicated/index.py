@@ -1,6 +1,6 @@
 """Which chunk lies where: a cache of all index objects of one repository, in SQLite.
 
-Everything in it comes from the objects below `index/` and can be had again from them, so a damaged file
+Everything in it comes from the objects below `log/` and can be had again from them, so a damaged file
 is given up and another one made. It only says where to look: `repository` verifies what it finds there.
 Shared by the threads of a process, and by processes (a mount opens it as well): transactions are short.
 """
@@ -18,100 +18,23 @@ from typing import Final, NamedTuple, TypeVar
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible, RepositoryUnreachable
 from replicated.cache_files import CacheFiles
 from replicated.format.canonical import Malformed, NewerFormat
+from replicated.format.condemned import Condemned
 from replicated.format.listing import parse_index
 from replicated.format.pack import PackListing
+from replicated.index_file import (
+    APPLICATION_ID,
+    INCOMING,
+    MERGE,
+    RELIABLE,
+    SCHEMA,
+    SCHEMA_VERSION,
+    USABLE_BASES,
+)
 from replicated.keys import LogListing, condemned_key, index_key
 from replicated.log import Log
 from replicated.sqlite import DatabaseUnusable
 from replicated.store.base import KeyMissing, Store
 
-#: "RPLX".
-APPLICATION_ID: Final = 0x52504C58
-SCHEMA_VERSION: Final = 6
-
-_SCHEMA = """
-CREATE TABLE packs (
-    number INTEGER PRIMARY KEY,
-    name BLOB NOT NULL UNIQUE,
-    -- As in KnownPack.
-    size INTEGER NOT NULL DEFAULT 0,
-    base_count INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE bases (
-    number INTEGER PRIMARY KEY,
-    id BLOB NOT NULL UNIQUE
-);
-CREATE TABLE chunks (
-    id BLOB PRIMARY KEY,
-    pack INTEGER NOT NULL,
-    -- As in format.pack.Record.
-    offset INTEGER NOT NULL,
-    stored_length INTEGER NOT NULL,
-    plain_length INTEGER NOT NULL,
-    codec INTEGER NOT NULL,
-    -- A number in `bases`; 0: the chunk stands on its own.
-    base INTEGER NOT NULL
-) WITHOUT ROWID;
--- The index objects whose records are all in `chunks`, but for those of condemned packs.
-CREATE TABLE objects (
-    name TEXT PRIMARY KEY,
-    -- Not yet where it was written by this machine and no listing has shown it.
-    is_listed INTEGER NOT NULL
-) WITHOUT ROWID;
--- Which index objects list a pack: it is known as long as there is one.
-CREATE TABLE listings (
-    pack INTEGER NOT NULL,
-    object TEXT NOT NULL,
-    PRIMARY KEY (pack, object)
-) WITHOUT ROWID;
-CREATE INDEX listings_by_object ON listings (object);
--- The lists of condemned packs that were taken in, and the packs.
-CREATE TABLE condemned (
-    name TEXT PRIMARY KEY
-) WITHOUT ROWID;
-CREATE TABLE condemned_packs (
-    name BLOB PRIMARY KEY
-) WITHOUT ROWID;
--- One row, as in Index.generation.
-CREATE TABLE identity (
-    generation INTEGER NOT NULL
-);
-INSERT INTO identity VALUES (random());
-"""
-
-# Rows for `chunks`, in any order, of index objects that are being taken in.
-_INCOMING = """
-CREATE TEMP TABLE incoming (
-    id BLOB NOT NULL,
-    pack INTEGER NOT NULL,
-    offset INTEGER NOT NULL,
-    stored_length INTEGER NOT NULL,
-    plain_length INTEGER NOT NULL,
-    codec INTEGER NOT NULL,
-    base INTEGER NOT NULL
-)
-"""
-# In the order of the table, so that each of its pages is written once. Of two places the one without a base
-# is kept: it can be read alone, and so two deltas of each other, in two packs, never wait for one another.
-# (`WHERE true` tells the parser that ON begins no join.)
-_MERGE = """
-INSERT INTO chunks SELECT * FROM incoming WHERE true ORDER BY id
-ON CONFLICT (id) DO UPDATE SET
-    pack = excluded.pack,
-    offset = excluded.offset,
-    stored_length = excluded.stored_length,
-    plain_length = excluded.plain_length,
-    codec = excluded.codec,
-    base = 0
-WHERE base != 0 AND excluded.base = 0
-"""
-# A delta is worth nothing without its base.
-_READABLE = """
-SELECT id FROM chunks WHERE id IN ({marks}) AND (base = 0 OR EXISTS (
-    SELECT 1 FROM bases JOIN chunks AS other ON other.id = bases.id
-    WHERE bases.number = chunks.base AND other.base = 0
-))
-"""
 #: Rows that are merged at once: as many as may be, because with millions of chunks each merge writes most
 #: pages of the table, but other processes must not wait for longer than `sqlite.BUSY_TIMEOUT_S`.
 MAX_MERGED_ROWS: Final = 1 << 19
@@ -162,10 +85,12 @@ class Index:
             store.url,
             application_id=APPLICATION_ID,
             user_version=SCHEMA_VERSION,
-            schema=_SCHEMA,
+            schema=SCHEMA,
         )
         self._lock = threading.RLock()
         self._damaged: frozenset[str] = frozenset()
+        #: Of the file that is open.
+        self._number = 0
         try:
             self._connection = self._open()
         except OSError as error:
@@ -180,8 +105,9 @@ class Index:
     def generation(self) -> int:
         """A random number for as long as what was found here once is still there.
 
-        There is another one once packs were condemned, or are listed no more, because garbage was collected,
-        and when this database was damaged or lost: then everything has to be looked up again.
+        There is another one once packs that are known here were condemned, or are listed no more, because
+        garbage was collected, and when this database was damaged or lost: then everything has to be looked up
+        again.
         """
         with self._lock:
             return self._attempt(self._load_generation)
@@ -238,10 +164,24 @@ class Index:
             return self._attempt(lambda: self._locate(wanted))
 
     def find_missing(self, chunk_ids: Iterable[bytes]) -> set[bytes]:
-        """Those of the chunks that are not known, or only as deltas to chunks that are not."""
+        """Those of the chunks that are not known, or only as deltas to chunks that are not.
+
+        Nor is what is in condemned packs only: it may still be read (`locate`), but not be relied on.
+        """
         wanted = set(chunk_ids)
         with self._lock:
-            return wanted.difference(self._attempt(lambda: self._known(wanted)))
+            return wanted.difference(self._attempt(lambda: self._select(RELIABLE, wanted)))
+
+    def find_bases(self, chunk_ids: Iterable[bytes]) -> list[bytes]:
+        """Those of the chunks that others may be stored as differences to."""
+        wanted = set(chunk_ids)
+        with self._lock:
+            return self._attempt(lambda: self._select(USABLE_BASES, wanted))
+
+    def list_gone(self) -> frozenset[bytes]:
+        """The packs of which collectors have made sure that nothing needs them."""
+        with self._lock:
+            return self._attempt(self._list_gone)
 
     def list_packs(self) -> list[KnownPack]:
         """All packs that are known, in no order."""
@@ -249,14 +189,22 @@ class Index:
             return self._attempt(self._list_packs)
 
     def _refresh(self) -> LogListing:
+        self._follow()
         # The known ones first: an object that is written meanwhile must not look like a vanished one.
         known = self._known_objects("WHERE is_listed")
         return self._take(self._log.list(), known)
 
     def _refresh_until(self, is_there: Callable[[LogListing], bool]) -> LogListing | None:
+        self._follow()
         known = self._known_objects("")
         listing = self._log.list()
         return self._take(listing, known) if is_there(listing) else None
+
+    def _follow(self) -> None:
+        """Go on with the database that another process has made anew: all have to see one generation."""
+        if self._files.newest() > self._number:
+            self._connection.close()
+            self._connection = self._open()
 
     def _known_objects(self, condition: str) -> set[str]:
         return {name for (name,) in self._connection.execute(f"SELECT name FROM objects {condition}")}
@@ -293,28 +241,45 @@ class Index:
         return len(new) > len(damaged)
 
     def _take_condemned(self, listing: LogListing) -> bool:
-        """Take in the lists of condemned packs that are new; whether a pack is known that is in one."""
+        """Take in the lists of condemned packs that are new; whether a pack is known here that is gone."""
         known = {name for (name,) in self._connection.execute("SELECT name FROM condemned")}
-        is_relied_on = False
+        is_gone = False
         for name in sorted(listing.condemned - known):
-            try:
-                packs = [(pack,) for pack in self._log.load_condemned(name)]
-            except Malformed as error:
-                # Nobody knows what not to rely on: better nothing new is stored than something that will go.
-                raise RepositoryDamaged(
-                    f"{condemned_key(name)} in {self._store.url} is damaged: {error}",
-                    hint="`replicate fsck` says how to mend it; what is stored can still be read",
-                    fields={"key": condemned_key(name)},
-                ) from error
-            except NewerFormat as error:
-                raise self._too_new(condemned_key(name), error) from error
+            condemned = self._load_condemned(name)
+            rows = [(pack, condemned.is_final) for pack in condemned.packs]
+            self._connection.execute("BEGIN IMMEDIATE")
             with self._connection as connection:
-                connection.executemany("INSERT OR IGNORE INTO condemned_packs VALUES (?)", packs)
+                connection.executemany(
+                    "INSERT INTO condemned_packs VALUES (?, ?) "
+                    "ON CONFLICT (name) DO UPDATE SET is_final = max(is_final, excluded.is_final)",
+                    rows,
+                )
                 connection.execute("INSERT OR IGNORE INTO condemned VALUES (?)", (name,))
-            for (pack,) in packs:
-                found = self._connection.execute("SELECT 1 FROM packs WHERE name = ?", (pack,)).fetchone()
-                is_relied_on = is_relied_on or found is not None
-        return is_relied_on
+                marked = connection.executemany(
+                    "UPDATE packs SET is_condemned = 1 WHERE name = ? AND NOT is_condemned",
+                    [(pack,) for pack, _ in rows],
+                )
+                if marked.rowcount > 0:
+                    # What has relied on them is looked up again; who reads may go on.
+                    connection.execute("UPDATE identity SET generation = random()")
+            if condemned.is_final:
+                packs = self._connection.execute("SELECT name FROM packs")
+                is_gone = is_gone or any(pack in condemned.packs for (pack,) in packs)
+        return is_gone
+
+    def _load_condemned(self, name: str) -> Condemned:
+        key = condemned_key(name)
+        try:
+            return self._log.load_condemned(name)
+        except Malformed as error:
+            # Nobody knows what not to rely on: better nothing new is stored than something that will go.
+            raise RepositoryDamaged(
+                f"{key} in {self._store.url} is damaged: {error}",
+                hint="`replicate fsck` says how to mend it; what is stored can still be read",
+                fields={"key": key},
+            ) from error
+        except NewerFormat as error:
+            raise self._too_new(key, error) from error
 
     def _forget(self, vanished: Iterable[str]) -> None:
         """Forget index objects, but not yet what they list."""
@@ -380,8 +345,10 @@ class Index:
 
     def _stage(self, object_name: str, listing: PackListing) -> None:
         connection = self._connection
-        condemned = connection.execute("SELECT 1 FROM condemned_packs WHERE name = ?", (listing.name,))
-        if condemned.fetchone() is not None:
+        condemned = connection.execute(
+            "SELECT is_final FROM condemned_packs WHERE name = ?", (listing.name,)
+        ).fetchone()
+        if condemned is not None and condemned[0]:
             return
         pack = _number(connection, "packs", "name", listing.name)
         is_known = connection.execute(
@@ -393,7 +360,8 @@ class Index:
         bases = {record.base for record in listing.records} - {b""}
         base_numbers = {base: _number(connection, "bases", "id", base) for base in sorted(bases)}
         connection.execute(
-            "UPDATE packs SET size = ?, base_count = ? WHERE number = ?", (listing.size, len(bases), pack)
+            "UPDATE packs SET size = ?, base_count = ?, is_condemned = ? WHERE number = ?",
+            (listing.size, len(bases), condemned is not None, pack),
         )
         connection.executemany(
             "INSERT INTO incoming VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -406,7 +374,7 @@ class Index:
     def _merge(self, names: Sequence[str], *, is_listed: bool) -> None:
         """Make what is staged known, and these index objects as taken in: both or nothing."""
         with self._connection as connection:
-            connection.execute(_MERGE)
+            connection.execute(MERGE)
             connection.execute("DELETE FROM incoming")
             connection.executemany(
                 "INSERT OR IGNORE INTO objects VALUES (?, ?)", ((name, is_listed) for name in names)
@@ -425,13 +393,17 @@ class Index:
             found.update((row[0], Location._make(row[1:])) for row in rows)
         return found
 
-    def _known(self, wanted: Iterable[bytes]) -> list[bytes]:
+    def _select(self, query: str, wanted: Iterable[bytes]) -> list[bytes]:
         found: list[bytes] = []
         for batch in _batches(wanted):
             marks = ",".join("?" * len(batch))
-            rows = self._connection.execute(_READABLE.format(marks=marks), batch)
+            rows = self._connection.execute(query.format(marks=marks), batch)
             found.extend(chunk_id for (chunk_id,) in rows)
         return found
+
+    def _list_gone(self) -> frozenset[bytes]:
+        rows = self._connection.execute("SELECT name FROM condemned_packs WHERE is_final")
+        return frozenset(name for (name,) in rows)
 
     def _list_packs(self) -> list[KnownPack]:
         rows = self._connection.execute("SELECT name, size, base_count FROM packs")
@@ -462,12 +434,12 @@ class Index:
 
     def _open(self, at_least: int = 0) -> sqlite3.Connection:
         try:
-            connection = self._files.open(at_least)[1]
+            self._number, connection = self._files.open(at_least)
         except DatabaseUnusable as error:
             raise self._unusable(error.reason) from error
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute(f"PRAGMA journal_size_limit = {_MAX_IDLE_LOG_BYTES}")
-        connection.execute(_INCOMING)
+        connection.execute(INCOMING)
         return connection
 
     def _unusable(self, reason: str) -> RepositoryUnreachable:

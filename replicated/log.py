@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from replicated.format.metadata import decode_condemned
+from replicated.format.condemned import Condemned, decode_condemned
 from replicated.keys import LOG_PREFIX, LogListing, condemned_key, read_listing
 from replicated.store.base import Store
 
@@ -49,6 +49,6 @@ class Log:
         with self._lock:
             return self._last
 
-    def load_condemned(self, name: str) -> frozenset[bytes]:
-        """The packs of a list of condemned ones; raises `KeyMissing`, `Malformed`, `NewerFormat`."""
+    def load_condemned(self, name: str) -> Condemned:
+        """A list of condemned packs; raises `KeyMissing`, `Malformed`, `NewerFormat`."""
         return decode_condemned(self._store.get(condemned_key(name)))

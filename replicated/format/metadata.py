@@ -8,12 +8,12 @@ overwritten all the time and not sealed; the rest is written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias, TypeVar, get_args
 
-from replicate.ids import CheckpointId, ExperimentId, SnapshotId, is_id
+from replicate.ids import CheckpointId, ExperimentId, SnapshotId
 from replicate.records import (
     GOALS,
     CheckpointRecord,
@@ -82,15 +82,6 @@ class Heartbeat:
     time: datetime
     host: str
     process: ProcessIdentity | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Condemned:
-    """Packs that a collector wants to delete: nobody may begin to rely on them."""
-
-    packs: frozenset[bytes]
-    #: That nothing needs them has been made sure since: they are being deleted, or are gone.
-    is_final: bool = False
 
 
 # Experiments
@@ -239,30 +230,12 @@ def decode_heartbeat(data: bytes) -> Heartbeat:
     )
 
 
-# What is gone, or is about to go
+# What is gone
 
 
 def encode_removal(removed: datetime) -> bytes:
     """`log/new/x-…`: that an experiment or a checkpoint was removed."""
     return _seal({"removed": format_time(removed)})
-
-
-def encode_condemned(packs: Iterable[bytes], condemned: datetime, host: str) -> bytes:
-    """`log/condemned/<64 hex>`: names of packs that nobody may rely on any more."""
-    return _seal(
-        {"condemned": format_time(condemned), "host": host, "packs": sorted(name.hex() for name in packs)}
-    )
-
-
-def decode_condemned(data: bytes) -> frozenset[bytes]:
-    """The packs in what `encode_condemned` wrote."""
-    members = _unseal(data)
-    members.time("condemned")
-    members.get("host", str, "")
-    names = members.strings("packs")
-    if not all(is_id(name) for name in names):
-        raise Malformed("member 'packs' holds something that is not the name of a pack")
-    return frozenset(map(bytes.fromhex, names))
 
 
 # Snapshots

@@ -21,6 +21,7 @@ from replicate.records import (
 )
 from replicated.chunk.cdc import ChunkerParameters, ChunkSizes
 from replicated.format.canonical import Malformed, NewerFormat, seal, unseal
+from replicated.format.condemned import Condemned, decode_condemned, encode_condemned
 from replicated.format.manifest import RootNode
 from replicated.format.metadata import (
     EndEdit,
@@ -28,13 +29,11 @@ from replicated.format.metadata import (
     ResumeEdit,
     Snapshot,
     decode_checkpoint,
-    decode_condemned,
     decode_edit,
     decode_experiment,
     decode_heartbeat,
     decode_snapshot,
     encode_checkpoint,
-    encode_condemned,
     encode_edit,
     encode_experiment,
     encode_heartbeat,
@@ -84,20 +83,18 @@ OBJECTS = {
     "resume": (encode_edit, decode_edit, ResumeEdit(TIME)),
     "snapshot of an experiment": (
         lambda snapshot: encode_experiment(EXPERIMENT, snapshot.root),
-        decode_condemned,
-        decode_snapshot,
+        lambda data: decode_experiment(data) and decode_snapshot(data),
         Snapshot(SnapshotId(EXPERIMENT_ID), ROOT),
     ),
     "snapshot of a checkpoint": (
         lambda snapshot: encode_checkpoint(CHECKPOINT, snapshot.root),
-        decode_condemned,
-        decode_snapshot,
+        lambda data: decode_checkpoint(data) and decode_snapshot(data),
         Snapshot(SnapshotId(f"{EXPERIMENT_ID}/{CHECKPOINT_ID}"), ROOT),
     ),
     "condemned packs": (
-        lambda packs: encode_condemned(packs, TIME, "here"),
+        lambda condemned: encode_condemned(condemned, TIME, "here"),
         decode_condemned,
-        frozenset({bytes(32), b"\xff" * 32}),
+        Condemned(frozenset({bytes(32), b"\xff" * 32}), is_final=True),
     ),
     "settings": (
         encode_settings,

@@ -55,8 +55,9 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
 
     Options: `repository`, a URL (else `REPLICATE_REPOSITORY`, else what replicate.yaml says);
     `cache_bytes`, how much of what is read from a far repository may be kept on the disk of this machine
-    (0: none); `listings_expiry_time`, for how many seconds an id that can come to mean something else, such
-    as `latest`, is not looked up again.
+    (0: none); `environment`, variables for the SDK of a cloud (`AWS_ACCESS_KEY_ID`, …) that go before those
+    of each process; `listings_expiry_time`, for how many seconds an id that can come to mean something else,
+    such as `latest`, is not looked up again.
 
     Errors are `OSError`: `FileNotFoundError`, `IsADirectoryError`, `PermissionError`; EIO names damage, EROFS
     answers whoever wants to write, EHOSTUNREACH says that the repository cannot be reached.
@@ -70,12 +71,13 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
         self,
         repository: str,
         cache_bytes: int,
+        environment: Mapping[str, str] | None = None,
         listings_expiry_time: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(listings_expiry_time=listings_expiry_time, **options)
         #: Which repository is meant.
-        self.source: Final = Source(repository, int(cache_bytes))
+        self.source: Final = Source(repository, int(cache_bytes), tuple(sorted((environment or {}).items())))
         self._max_age_s = FRESH_S if listings_expiry_time is None else float(listings_expiry_time)
         #: What names mean that came with this file system from another process.
         self._settled: Mapping[str, Meaning] = {}

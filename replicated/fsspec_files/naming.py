@@ -1,19 +1,22 @@
 """What the first part of a path means: which snapshots, laid over each other, an id shows.
 
-Answered by the repository alone, where the daemon would add what is not stored yet. A full id with `:code`,
-and a checkpoint that the catalog of this machine knows, cost no listing; everything else brings that catalog
-up to date. Invariant: what can come to mean something else is looked up again, and the rest is not.
+Answered by the repository alone, where the daemon would add what is not stored yet. The full id of an
+experiment asks for its record, and unless it ends with `:code` for those of its checkpoints; everything else
+takes a catalog of all there is, which is kept on this machine and brought up to date. Invariant: what can
+come to mean something else is looked up again, and the rest is not.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from replicate.errors import NotFound
+from replicate.errors import NotFound, NotStored, RepositoryDamaged, RepositoryIncompatible
 from replicate.ids import (
     CheckpointId,
     ExperimentId,
@@ -23,7 +26,14 @@ from replicate.ids import (
     parse_reference,
     short,
 )
-from replicate.records import CheckpointRecord, ExperimentRecord, ExperimentSummary
+from replicate.records import (
+    CheckpointRecord,
+    ExperimentSummary,
+    best_checkpoint,
+    latest_checkpoint,
+)
+from replicated.format.metadata import Snapshot
+from replicated.keys import snapshot_of
 from replicated.repository import Repository
 
 if TYPE_CHECKING:
@@ -33,6 +43,9 @@ if TYPE_CHECKING:
 #: How old what a name means, and a list of experiments, may be; mounts of a repository show no newer things.
 FRESH_S: Final = 1.0
 _MAX_NAMES: Final = 4096
+_MAX_EXPERIMENTS: Final = 64
+
+_log = logging.getLogger(__name__)
 
 
 class Meaning(NamedTuple):
@@ -56,10 +69,20 @@ class Names:
     """The ids of one repository. Thread-safe."""
 
     def __init__(
-        self, repository: Repository, catalogs: Path, clock: Callable[[], float] = time.monotonic
+        self,
+        repository: Repository,
+        catalogs: Path,
+        load_snapshot: Callable[[SnapshotId], Snapshot],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`catalogs` is a directory for what is known of repositories, shared with other processes."""
+        """`catalogs` is a directory for what is known of repositories, shared with other processes.
+
+        `load_snapshot` does so for `repository`, and remembers.
+        """
         self._repository = repository
+        self._load_snapshot = load_snapshot
+        #: Of the experiments that were asked for by full ids, by id; they are written once.
+        self._checkpoints: dict[str, dict[CheckpointId, CheckpointRecord]] = {}
         self._catalogs = catalogs
         self._clock = clock
         #: Held while the repository is asked: who waits for it would ask the same.
@@ -135,13 +158,11 @@ class Names:
     def _ask(self, text: str) -> Meaning:
         reference = parse_reference(text)
         is_full = is_id(reference.prefix)
-        if is_full and reference.selector == "code":
+        if is_full:
             try:
-                record = self._repository.load_experiment(ExperimentId(reference.prefix))
-            except NotFound:
-                pass  # or a checkpoint, of which the catalog can say so
-            else:
-                return _meaning(_resolve_code(record), is_fixed=True)
+                return self._ask_directly(ExperimentId(reference.prefix), reference, text)
+            except _NoExperiment:
+                pass  # then it is a checkpoint
         catalog = self._open_catalog()
         if is_full and not reference.selector:
             checkpoint = catalog.checkpoint(reference.prefix)
@@ -150,6 +171,57 @@ class Names:
                 if entry is not None and entry.state == "stored":
                     return _meaning(_resolve_checkpoint(entry, checkpoint), is_fixed=True)
         return self._ask_catalog(catalog, reference, text)
+
+    def _ask_directly(self, experiment_id: ExperimentId, reference: Reference, text: str) -> Meaning:
+        """What an experiment of a full id shows; raises `_NoExperiment` when there is none."""
+        from replicated.experiments import choose_checkpoint
+
+        code = snapshot_of(experiment_id)
+        if reference.selector == "code":
+            try:
+                self._load_snapshot(code)
+                return Meaning(experiment_id, "", (code,), is_fixed=True)
+            except NotStored:
+                pass  # the record says why, if there is one
+        try:
+            record = self._repository.load_experiment(experiment_id)
+        except NotFound as error:
+            raise _NoExperiment from error
+        checkpoints = [] if reference.selector == "code" else self._load_checkpoints(experiment_id)
+        summary = ExperimentSummary(
+            record,
+            "unknown",
+            "stored",
+            latest=latest_checkpoint(checkpoints),
+            best=best_checkpoint(checkpoints),
+        )
+        resolution = choose_checkpoint(summary, reference, text, lambda: checkpoints)
+        return _meaning(resolution, is_fixed=reference.selector == "code")
+
+    def _load_checkpoints(self, experiment_id: ExperimentId) -> list[CheckpointRecord]:
+        """The checkpoints of an experiment, oldest first, but those whose records cannot be read."""
+        present = self._repository.list_checkpoint_ids(experiment_id)
+        known = self._checkpoints.pop(experiment_id, {})
+        new = [checkpoint_id for checkpoint_id in present if checkpoint_id not in known]
+
+        def load(checkpoint_id: CheckpointId) -> CheckpointRecord | None:
+            try:
+                return self._repository.load_checkpoint(experiment_id, checkpoint_id)
+            except (NotFound, RepositoryDamaged, RepositoryIncompatible) as error:
+                _log.warning("checkpoint %s: %s", short(checkpoint_id), error)
+                return None
+
+        with ThreadPoolExecutor(self._repository.store.capabilities.parallel_requests) as pool:
+            loaded = {record.id: record for record in pool.map(load, new) if record is not None}
+        found = {
+            checkpoint_id: known.get(checkpoint_id) or loaded[checkpoint_id]
+            for checkpoint_id in present
+            if checkpoint_id in known or checkpoint_id in loaded
+        }
+        self._checkpoints[experiment_id] = found
+        while len(self._checkpoints) > _MAX_EXPERIMENTS:
+            del self._checkpoints[next(iter(self._checkpoints))]
+        return sorted(found.values(), key=lambda record: (record.created, record.id))
 
     def _ask_catalog(self, catalog: Catalog, reference: Reference, text: str) -> Meaning:
         # Imported here, as is the catalog.
@@ -164,7 +236,7 @@ class Names:
             experiment_id = newest.id
         else:
             experiments, checkpoints = catalog.find_ids(reference.prefix)
-            if not (is_id(reference.prefix) and experiments):
+            if not (is_id(reference.prefix) and checkpoints):
                 catalog.refresh()
                 experiments, checkpoints = catalog.find_ids(reference.prefix)
             identifier = only_id(reference, experiments, checkpoints)
@@ -176,7 +248,7 @@ class Names:
         resolution = choose_checkpoint(
             _summary(entry), reference, text, lambda: catalog.checkpoints(experiment_id)
         )
-        return _meaning(resolution, is_fixed=reference.selector == "code" and is_id(reference.prefix))
+        return _meaning(resolution, is_fixed=False)
 
     @staticmethod
     def _checkpoint(catalog: Catalog, identifier: str, *, is_full: bool) -> Meaning:
@@ -201,6 +273,10 @@ class Names:
             self._listed_at = asked_at
 
 
+class _NoExperiment(Exception):
+    """There is no experiment of that id."""
+
+
 def _entry(catalog: Catalog, experiment_id: str) -> CatalogEntry:
     entry = next(catalog.entries(experiment_id), None)
     if entry is None:
@@ -222,14 +298,6 @@ def _resolve_checkpoint(entry: CatalogEntry, checkpoint: CheckpointRecord) -> Re
     from replicated.experiments import Resolution
 
     return Resolution(_summary(entry), checkpoint, named_experiment=False, chosen="")
-
-
-def _resolve_code(record: ExperimentRecord) -> Resolution:
-    from replicated.experiments import Resolution
-
-    # Whether the snapshot is there shows when it is opened.
-    summary = ExperimentSummary(record, "unknown", "stored")
-    return Resolution(summary, None, named_experiment=True, chosen="code")
 
 
 def _meaning(resolution: Resolution, *, is_fixed: bool) -> Meaning:

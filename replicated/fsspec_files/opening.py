@@ -22,13 +22,17 @@ from replicate.errors import ConfigError
 from replicate.home import PRIVATE_MODE, find_home
 from replicate.ids import SnapshotId
 from replicated.cache import ContentCache
+from replicated.format.metadata import Snapshot
 from replicated.fsspec_files.naming import Names
 from replicated.repository import Repository
 from replicated.store import open_store
-from replicated.tree import Tree, open_tree
+from replicated.tree import Tree, overlay_roots
 
+#: How long a request that fails in passing is repeated: a job of many processes meets throttling.
+PATIENCE_S: Final = 30.0
 #: Snapshots whose nodes stay in memory, some MiB each.
 _MAX_TREES: Final = 8
+_MAX_SNAPSHOTS: Final = 256
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ class Source(NamedTuple):
     url: str
     #: What may be kept on this machine's disk of a repository that is not near; 0: nothing.
     cache_bytes: int
+    #: Variables of the SDKs of clouds beside those of the process, sorted by name.
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class OpenRepository:
@@ -47,9 +53,13 @@ class OpenRepository:
 
     def __init__(self, source: Source) -> None:
         """Raises what opening a repository raises."""
-        self._stack = ExitStack()
+        #: Guards the two below; a leaf.
+        self._lock = threading.Lock()
+        self._snapshots: OrderedDict[SnapshotId, Snapshot] = OrderedDict()
+        self._trees: OrderedDict[tuple[SnapshotId, ...], Tree] = OrderedDict()
         with ExitStack() as stack:
-            store = open_store(source.url, create=False)
+            environment = {**os.environ, **dict(source.environment)} if source.environment else None
+            store = open_store(source.url, create=False, environment=environment, patience_s=PATIENCE_S)
             directory, is_lasting = _cache_directory()
             content = None
             # What is no place for caches may be a small one.
@@ -58,11 +68,9 @@ class OpenRepository:
                 stack.callback(content.close)
             self.repository = Repository.open_on(store, cache=directory, create=False, content=content)
             stack.callback(self.repository.close)
-            self.names = Names(self.repository, directory / "file-catalogs")
+            self.names = Names(self.repository, directory / "file-catalogs", self._load_snapshot)
             stack.callback(self.names.close)
             self._stack = stack.pop_all()
-        self._lock = threading.Lock()
-        self._trees: OrderedDict[tuple[SnapshotId, ...], Tree] = OrderedDict()
 
     @property
     def is_near(self) -> bool:
@@ -77,12 +85,24 @@ class OpenRepository:
             if tree is not None:
                 self._trees.move_to_end(key)
         if tree is None:
-            tree = open_tree(self.repository, *key)
+            tree = overlay_roots(self.repository, [self._load_snapshot(one).root for one in key])
             with self._lock:
                 self._trees[key] = tree
                 while len(self._trees) > _MAX_TREES:
                     self._trees.popitem(last=False)
         return tree
+
+    def _load_snapshot(self, snapshot_id: SnapshotId) -> Snapshot:
+        """The snapshot; raises `NotStored`."""
+        with self._lock:
+            snapshot = self._snapshots.get(snapshot_id)
+        if snapshot is None:
+            snapshot = self.repository.load_snapshot(snapshot_id)
+            with self._lock:
+                self._snapshots[snapshot_id] = snapshot
+                while len(self._snapshots) > _MAX_SNAPSHOTS:
+                    self._snapshots.popitem(last=False)
+        return snapshot
 
     def close(self) -> None:
         """Close everything; call when no thread uses it any more."""

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 import pytest
+from servers import s3_servers
+from servers.fault_proxy import FaultProxy
 
 from replicated.fsspec_files import ReplicateFileSystem, opening
 
@@ -134,3 +137,28 @@ def reader_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def fs(saved: Saved) -> ReplicateFileSystem:
     return fsspec.filesystem("replicate", repository=saved.url)
+
+
+@pytest.fixture(scope="session")
+def bucket_proxy() -> Iterator[FaultProxy]:
+    with s3_servers.moto() as server, FaultProxy(server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def saved_in_bucket(tmp_path_factory: pytest.TempPathFactory, bucket_proxy: FaultProxy) -> Saved:
+    """The same in a bucket."""
+    environment = {**s3_servers.ENVIRONMENT, "AWS_ENDPOINT_URL": bucket_proxy.url}
+    return train(tmp_path_factory.mktemp("saved-in-bucket"), "s3://bucket/of/ours", environment)
+
+
+@pytest.fixture
+def bucket(
+    saved_in_bucket: Saved, bucket_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """What counts and breaks requests to the bucket, which this process can reach."""
+    for name, value in saved_in_bucket.environment.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    yield bucket_proxy
+    bucket_proxy.clear()

@@ -207,7 +207,7 @@ def test_a_name_that_moves_is_looked_up_again_after_a_while(saved):
     now = [0.0]
     repository = opening.opened(opening.Source(saved.url, 0)).repository
     with tempfile.TemporaryDirectory() as catalogs:
-        names = Names(repository, Path(catalogs), clock=lambda: now[0])
+        names = Names(repository, Path(catalogs), repository.load_snapshot, clock=lambda: now[0])
         asked = []
         ask = names._ask
 

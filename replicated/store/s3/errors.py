@@ -133,11 +133,15 @@ def read_trouble(error: Exception) -> Trouble:
     response = getattr(error, "response", None)
     if isinstance(response, dict) and "Error" in response:
         return _read_answer(response)
+    if isinstance(error, RecursionError):
+        # botocore follows a redirection that does not say where to for as long as it can.
+        return Trouble(Kind.REGION, "PermanentRedirect", 301, "the server does not say in which region it is")
     for cls in type(error).__mro__:
         name = cls.__name__
         if name == "SSLError":
-            # A connection that breaks in the middle is one of these as well.
-            kind = Kind.CERTIFICATE if "CERTIFICATE" in str(error).upper() else Kind.BUSY
+            # A connection that breaks in the middle is one of these as well, and a file that cannot be read.
+            is_lasting = "CERTIFICATE" in str(error).upper() or "[Errno 2]" in str(error)
+            kind = Kind.CERTIFICATE if is_lasting else Kind.BUSY
             return Trouble(kind, name, 0, _sentence(_cause(error)))
         if name in _BY_CLASS:
             return Trouble(_BY_CLASS[name], name, 0, _sentence(_cause(error)))

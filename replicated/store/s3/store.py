@@ -9,6 +9,7 @@ for when a store is opened: the first request finds out, so that opening costs n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
@@ -29,6 +30,7 @@ from replicated.store.s3.body import Body
 from replicated.store.s3.errors import Kind, Trouble, read_trouble
 from replicated.store.s3.features import Extra
 from replicated.store.s3.requests import Failed, Requests
+from replicated.store.s3.trials import S3Trials
 
 #: A request of 25 ms keeps Python busy for 2.5 ms: more than ten of them at a time only wait for each other.
 PARALLEL_REQUESTS: Final = 12
@@ -42,6 +44,7 @@ _SMALL_BYTES: Final = 1 << 20
 #: As many keys as one request may delete.
 _BATCH: Final = 1000
 _CHUNK_BYTES: Final = 8 << 20
+_MD5: Final = re.compile('"[0-9a-f]{32}"')
 
 
 class S3Store:
@@ -80,7 +83,7 @@ class S3Store:
         body = Body(parts)
         if is_unique:
             etag = self._upload(key, body)
-            if is_checked:
+            if is_checked or _is_doubtful(body, etag):
                 self._check_stored(key, body, etag)
         else:
             self._put_new(key, body, is_checked)
@@ -90,30 +93,14 @@ class S3Store:
         self._upload(check_key(key), Body([data]))
 
     def get(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
-        """See `Store.get`."""
-        check_key(key)
-        if length is not None and length <= 0:
-            if not self.exists(key):
-                raise KeyMissing(key)
-            return b""
-        arguments: dict[str, Any] = {}
-        if offset or length is not None:
-            end = "" if length is None else str(offset + length - 1)
-            arguments["Range"] = f"bytes={offset}-{end}"
-        data: bytes
-        try:
-            response, data = self._requests.ask(f"read {key}", "get_object", _read_body, key=key, **arguments)
-        except Failed as failed:
-            if failed.trouble.kind is Kind.KEY_MISSING:
-                raise KeyMissing(key) from None
-            if failed.trouble.kind is Kind.RANGE:
-                return b""
-            raise self._requests.explained(failed) from failed.__cause__
-        if "Range" in arguments and not response.get("ContentRange"):
-            # The server knows no ranges and sent everything.
-            data = data[offset:] if length is None else data[offset : offset + length]
-            response = {}
-        self._check_length(key, response, data, offset, length)
+        """See `Store.get`. Whole objects are compared with their checksum, or with their tag if small."""
+        response, data = self._get(check_key(key), offset, length)
+        is_whole = not offset and length is None
+        if is_whole and not response.get("ChecksumCRC32") and _is_doubtful(Body([data]), _tag(response)):
+            # It may be no MD5; but what changed on the way would hardly change in the same way twice.
+            again = self._get(key, 0, None)[1]
+            if again != data:
+                raise StoreBusy(f"cannot read {key} in {self.url}: other bytes came each time")
         return data
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -166,6 +153,11 @@ class S3Store:
         """See `Store.exists`."""
         return self._head(check_key(key)) is not None
 
+    @property
+    def trials(self) -> S3Trials:
+        """What `store.probing` tries of the server."""
+        return S3Trials(self._requests)
+
     def close(self) -> None:
         """Close the connections; they are made again when they are needed."""
         self._requests.close()
@@ -188,8 +180,12 @@ class S3Store:
             else:
                 features.lack(Extra.CONDITION)
         if etag is not None and features.can(Extra.CONDITION):
-            if is_checked:
-                self._check_stored(key, body, etag)
+            if is_checked or _is_doubtful(body, etag):
+                try:
+                    self._check_stored(key, body, etag)
+                except StoreBusy:
+                    # We have made it just now, and nobody relies on it yet: what is wrong may be put right.
+                    self._check_stored(key, body, self._upload(key, body))
             return
         # Somebody else's object or, when the answer was lost, our own: it tells by itself.
         found = self._is_same(key, body)
@@ -239,7 +235,7 @@ class S3Store:
                 continue
             for extra in left_out:
                 features.lack(extra)
-            return str(response.get("ETag") or "")
+            return _tag(response)
 
     def _check_stored(self, key: str, body: Body, etag: str | None) -> None:
         """Raise `StoreBusy` unless the object is there as it was sent, whatever the server has said."""
@@ -250,7 +246,9 @@ class S3Store:
         is_same = int(found.get("ContentLength") or 0) == body.size and (
             not checksum or found.get("ChecksumType") == "COMPOSITE" or checksum == body.crc32()
         )
-        if is_same and not checksum and etag and found.get("ETag") and found["ETag"] != etag:
+        tag = _tag(found)
+        if is_same and (_is_doubtful(body, tag) or (not checksum and etag and tag and tag != etag)):
+            # Some servers keep the checksum that they were sent without looking at it, some change tags.
             is_same = self._is_same(key, body) is True
         if not is_same:
             raise StoreBusy(f"cannot write {key} in {self.url}: the server holds other bytes than were sent")
@@ -304,6 +302,34 @@ class S3Store:
 
     # Reading
 
+    def _get(self, key: str, offset: int, length: int | None) -> tuple[Mapping[str, Any], bytes]:
+        if length is not None and length <= 0:
+            if not self.exists(key):
+                raise KeyMissing(key)
+            return {}, b""
+        arguments: dict[str, Any] = {}
+        if offset or length is not None:
+            end = "" if length is None else str(offset + length - 1)
+            arguments["Range"] = f"bytes={offset}-{end}"
+        else:
+            # Of a whole object the checksum is compared by botocore; of a range there is none.
+            arguments["ChecksumMode"] = "ENABLED"
+        data: bytes
+        try:
+            response, data = self._requests.ask(f"read {key}", "get_object", _read_body, key=key, **arguments)
+        except Failed as failed:
+            if failed.trouble.kind is Kind.KEY_MISSING:
+                raise KeyMissing(key) from None
+            if failed.trouble.kind is Kind.RANGE:
+                return {}, b""
+            raise self._requests.explained(failed) from failed.__cause__
+        if "Range" in arguments and not response.get("ContentRange"):
+            # The server knows no ranges and sent everything.
+            data = data[offset:] if length is None else data[offset : offset + length]
+            response = {}
+        self._check_length(key, response, data, offset, length)
+        return response, data
+
     def _head(self, key: str) -> Mapping[str, Any] | None:
         try:
             found: Mapping[str, Any] = self._requests.ask(
@@ -344,6 +370,22 @@ class _Answer(Exception):
     def __init__(self, response: Mapping[str, Any]) -> None:
         super().__init__()
         self.response = dict(response)
+
+
+def _is_doubtful(body: Body, etag: str | None) -> bool:
+    """Whether a small object may be another one, by its tag: not all that look like an MD5 are one.
+
+    The MD5 of a large one takes longer than sending it; its checksum goes with it.
+    """
+    is_md5 = etag is not None and _MD5.fullmatch(etag) is not None
+    return is_md5 and body.size <= _SMALL_BYTES and etag != f'"{body.md5()}"'
+
+
+def _tag(response: Mapping[str, Any]) -> str:
+    """The tag of the object, unless it is encrypted in a way that makes another one of every writing."""
+    if str(response.get("ServerSideEncryption") or "").startswith("aws:kms"):
+        return ""
+    return str(response.get("ETag") or "")
 
 
 def _refused(trouble: Trouble, used: set[Extra]) -> Extra | None:

@@ -80,6 +80,11 @@ class LimitedStore:
         self._limit = limit
 
     @property
+    def below(self) -> Store:
+        """The other store."""
+        return self._store
+
+    @property
     def url(self) -> str:
         """That of the other store."""
         return self._store.url

@@ -114,6 +114,11 @@ class RetryingStore:
         return self._store.capabilities
 
     @property
+    def below(self) -> Store:
+        """The other store."""
+        return self._store
+
+    @property
     def in_flight_limit(self) -> int:
         """How many requests may be on their way at once now."""
         return self._in_flight.limit

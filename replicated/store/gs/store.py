@@ -156,7 +156,12 @@ class GsStore:
         """Close the connections; they are made again when they are needed."""
         self._client.close()
 
-    # What only a trial of the store asks for: see `store.probing`.
+    # What `store.probing` tries beyond the contract: see `Trials`.
+
+    @property
+    def trials(self) -> GsStore:
+        """The four below."""
+        return self
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Put under the condition that there is no such object; whether the server said that it did."""
@@ -180,7 +185,6 @@ class GsStore:
         """The last bytes of an object, by a range that counts from its end."""
         return self._download(check_key(key), -length, None)
 
-    @property
     def clock_ahead_s(self) -> float | None:
         """Seconds that the server's clock is ahead of ours; None before the first answer that told."""
         return self._answers.ahead_s

@@ -1,10 +1,9 @@
 """Workers that bring captured snapshots from the spool into their repositories, in order.
 
-One thread a repository takes the oldest captured job of the journal, has it stored by a process of its
-own (`storing`), publishes it and commits what became of it; nothing is kept in memory that the journal
-does not know, so a daemon that dies is continued by the next one. Trouble with a repository is retried
-for ever, with growing pauses, and visible in `status`; only the loss of what was captured makes a job
-fail.
+One thread a repository takes the oldest captured job of the journal, has it stored by a process of its own
+(`storing`), publishes it and commits what became of it; nothing is kept in memory that the journal does not
+know, so a daemon that dies is continued by the next one. Trouble with a repository is retried for ever, with
+growing pauses, and visible in `status`; only the loss of what was captured makes a job fail.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
 from replicated.snapshot.store_channel import StoredTree
 from replicated.storing import StoreProcessDied, Storing
+from replicated.upkeep import keep_up
 
 #: Somebody who waited is likely to wait again: clients ask in steps.
 URGENT_AFTER_WAIT_S = 2.0
@@ -318,6 +318,7 @@ class _Worker:
             self._bear_with(job, error)
         else:
             self._pause_s, self._unexpected, self.waiting_because = FIRST_PAUSE_S, 0, ""
+            keep_up(self._jobs._repositories.known(job.repository))
         finally:
             self.active = None
 

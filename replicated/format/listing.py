@@ -1,13 +1,15 @@
 """Index objects: what several packs hold, so that nobody has to open the packs to find out.
 
 A section a pack, with the same records and bases as in the pack's own end. An index object only repeats
-what the packs say; it is written after them and can be made again from them.
+what the packs say; it is written after them and can be made again from them. Sections can be put together
+anew without being parsed (`compaction`).
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from blake3 import blake3
@@ -37,45 +39,77 @@ INDEX_HEADER: Final = struct.Struct("<8sB3sI")
 SECTION: Final = struct.Struct("<32sIII")
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What an index object says of one pack, not parsed yet."""
+
+    #: Of the pack.
+    name: bytes
+    kind: int
+    pack_size: int
+    record_count: int
+    base_count: int
+    #: All of its bytes, which may be put into another index object.
+    data: memoryview
+
+    def parse(self) -> PackListing:
+        """What the pack holds; raises `Malformed`."""
+        middle = SECTION.size + self.record_count * RECORD.size
+        records = parse_records(
+            bytes(self.data[SECTION.size : middle]), bytes(self.data[middle:]), self.pack_size
+        )
+        return PackListing(self.name, self.kind, self.pack_size, records)
+
+
 def build_index(listings: Sequence[PackListing]) -> bytes:
     """An index object for these packs."""
-    parts = [INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, b"", len(listings))]
-    for listing in listings:
-        records, bases = pack_records(listing.records)
-        shared = listing.kind | len(bases) // HASH_BYTES << SHARED_BITS
-        parts += [SECTION.pack(listing.name, shared, listing.size, len(listing.records)), records, bases]
-    body = b"".join(parts)
+    return join_sections([_build_section(listing) for listing in listings])
+
+
+def join_sections(sections: Sequence[bytes | memoryview]) -> bytes:
+    """An index object of these sections, each as in `Section.data`."""
+    body = b"".join([INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, b"", len(sections)), *sections])
     return body + blake3(body).digest()
 
 
 def parse_index(data: bytes) -> list[PackListing]:
     """The packs that an index object lists, checked by its hash; raises `Malformed`, `NewerFormat`."""
+    return [section.parse() for section in split_sections(data)]
+
+
+def split_sections(data: bytes) -> list[Section]:
+    """The sections of an index object, checked by its hash; raises `Malformed`, `NewerFormat`."""
     if not INDEX_HEADER.size + HASH_BYTES <= len(data) <= MAX_INDEX_BYTES:
         raise Malformed("its size is impossible")
-    body, digest = data[:-HASH_BYTES], data[-HASH_BYTES:]
-    if blake3(body).digest() != digest:
+    body = memoryview(data)[:-HASH_BYTES]
+    if blake3(body).digest() != data[-HASH_BYTES:]:
         raise Malformed("its hash is wrong")
     magic, version, zeros, section_count = INDEX_HEADER.unpack_from(body)
     if magic != INDEX_MAGIC or zeros != bytes(3):
         raise Malformed("it does not begin like an index")
     if version != INDEX_VERSION:
         raise NewerFormat(f"an index of version {version}")
-    listings = []
+    sections = []
     position = INDEX_HEADER.size
     for _ in range(section_count):
-        if position + SECTION.size > len(body):
+        start = position
+        if start + SECTION.size > len(body):
             raise Malformed("a section is cut short")
-        name, shared, pack_size, record_count = SECTION.unpack_from(body, position)
+        name, shared, pack_size, record_count = SECTION.unpack_from(body, start)
         kind, base_count = split_shared(shared)
-        start = position + SECTION.size
-        middle = start + record_count * RECORD.size
-        position = middle + base_count * HASH_BYTES
+        position = start + SECTION.size + record_count * RECORD.size + base_count * HASH_BYTES
         if kind not in (DATA_PACK, TREE_PACK) or pack_size > MAX_PACK_BYTES:
             raise Malformed("a section is impossible")
         if position > len(body):
             raise Malformed("a section is cut short")
-        records = parse_records(body[start:middle], body[middle:position], pack_size)
-        listings.append(PackListing(name, kind, pack_size, records))
+        sections.append(Section(name, kind, pack_size, record_count, base_count, body[start:position]))
     if position != len(body):
         raise Malformed("bytes follow the last section")
-    return listings
+    return sections
+
+
+def _build_section(listing: PackListing) -> bytes:
+    records, bases = pack_records(listing.records)
+    shared = listing.kind | len(bases) // HASH_BYTES << SHARED_BITS
+    header = SECTION.pack(listing.name, shared, listing.size, len(listing.records))
+    return header + records + bases

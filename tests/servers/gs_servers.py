@@ -10,7 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from google.auth.credentials import AnonymousCredentials
 from servers.s3_servers import Server
+
+from replicated.store.buckets import parse_bucket_url
+from replicated.store.gs.access import Access
+from replicated.store.gs.store import GsStore
 
 
 @contextlib.contextmanager
@@ -31,6 +36,12 @@ def service() -> Iterator[Server]:
 def environment(server_url: str) -> dict[str, str]:
     """What a client needs to speak to one of them, or to a proxy before it."""
     return {"STORAGE_EMULATOR_HOST": server_url, "GOOGLE_CLOUD_PROJECT": "tests"}
+
+
+def open_service(url: str, server_url: str, *, create: bool = True) -> GsStore:
+    """A store on `service`, or a proxy before it, that trusts it as it would the service itself."""
+    credentials = AnonymousCredentials()
+    return GsStore(Access(credentials, server_url, False, "tests"), parse_bucket_url(url), create=create)
 
 
 def _run(command: list[str], port: int) -> Iterator[Server]:

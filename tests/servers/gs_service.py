@@ -56,7 +56,8 @@ def ls(request, response, storage, *args, **kwargs):
     found, _ = storage.get_file_list(request.params["bucket_name"], prefix)
     after = request.query.get("pageToken", [""])[0]
     limit = min(PAGE, int(request.query.get("maxResults", [PAGE])[0]))
-    left = [item for item in found if item["name"] > after]
+    first = request.query.get("startOffset", [""])[0]
+    left = [item for item in found if item["name"] > after and item["name"] >= first]
     answer = {"kind": "storage#objects", "items": left[:limit]}
     if len(left) > limit:
         answer["nextPageToken"] = left[limit - 1]["name"]

@@ -57,10 +57,11 @@ def moto_proxy(moto_server: Server) -> Iterator[FaultProxy]:
         yield proxy
 
 
-def open_s3(endpoint: str, url: str = "", *, create: bool = True, **variables: str) -> S3Store:
-    """A store in a bucket of its own, which is made when it is asked for."""
+def open_s3(endpoint: str | None, url: str = "", *, create: bool = True, **variables: str | None) -> S3Store:
+    """A store in a bucket of its own, which is made when it is asked for; None leaves a variable out."""
     url = url or f"s3://bucket-{next(_numbers)}/Team A/models"
-    environment = {**s3_servers.ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint, **variables}
+    every = {**s3_servers.ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint, **variables}
+    environment = {name: value for name, value in every.items() if value is not None}
     return S3Store(parse_bucket_url(url), create=create, environment=environment)
 
 
@@ -69,7 +70,9 @@ def make_s3() -> Iterator[Callable[..., S3Store]]:
     """`open_s3`, whose connections are closed in the end."""
     with ExitStack() as stack:
 
-        def make(endpoint: str, url: str = "", *, create: bool = True, **variables: str) -> S3Store:
+        def make(
+            endpoint: str | None, url: str = "", *, create: bool = True, **variables: str | None
+        ) -> S3Store:
             store = open_s3(endpoint, url, create=create, **variables)
             stack.callback(store.close)
             return store

@@ -856,22 +856,28 @@ class DiskUsageReply(_message.Message):
     def __init__(self, experiments: _Optional[_Iterable[_Union[DiskUsage, _Mapping]]] = ..., total: _Optional[_Union[DiskUsage, _Mapping]] = ..., unreferenced_bytes: _Optional[int] = ..., unreadable: _Optional[_Iterable[_Union[UnreadableSnapshot, _Mapping]]] = ...) -> None: ...
 
 class ProbeRequest(_message.Message):
-    __slots__ = ("repository",)
+    __slots__ = ("repository", "store")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     repository: str
-    def __init__(self, repository: _Optional[str] = ...) -> None: ...
+    store: bool
+    def __init__(self, repository: _Optional[str] = ..., store: bool = ...) -> None: ...
 
 class ProbeStep(_message.Message):
-    __slots__ = ("name", "ok", "detail", "hint")
+    __slots__ = ("name", "ok", "detail", "hint", "outcome", "value")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OK_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     HINT_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
     name: str
     ok: bool
     detail: str
     hint: str
-    def __init__(self, name: _Optional[str] = ..., ok: bool = ..., detail: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
+    outcome: str
+    value: str
+    def __init__(self, name: _Optional[str] = ..., ok: bool = ..., detail: _Optional[str] = ..., hint: _Optional[str] = ..., outcome: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class ProbeReply(_message.Message):
     __slots__ = ("steps",)

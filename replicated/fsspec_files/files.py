@@ -97,6 +97,10 @@ class SnapshotFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no
             **options,
         )
 
+    def __reduce__(self) -> tuple[Callable[..., SnapshotFile], tuple[object, ...]]:
+        # Older versions of fsspec cannot send files.
+        return _reopen, (self.fs, self.path, self.blocksize, self.cache.name, self.loc)
+
     def _fetch_range(self, start: int, end: int) -> bytes:
         """The bytes between two places, all of them."""
         start, end = max(start, 0), min(end, self.size)
@@ -108,3 +112,12 @@ class SnapshotFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no
             if self._reader is None or self._reader[0] is not repository:
                 self._reader = repository, FileReader(repository, self._node_content)
             return read_ranges(repository, [Range(self._reader[1], start, end)], is_once=False)[0]
+
+
+def _reopen(
+    fs: ReplicateFileSystem, path: str, block_size: int, cache_type: str, position: int
+) -> SnapshotFile:
+    """A file that was sent here, where it was read to."""
+    file: SnapshotFile = fs.open(path, block_size=block_size, cache_type=cache_type)
+    file.seek(position)
+    return file

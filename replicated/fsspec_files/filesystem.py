@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final, NoReturn
 
-from fsspec.callbacks import DEFAULT_CALLBACK
+from fsspec.callbacks import NoOpCallback
 from fsspec.config import apply_config
 from fsspec.spec import AbstractFileSystem
 from fsspec.utils import isfilelike, stringify_path
@@ -33,6 +33,7 @@ from replicated.tree import Tree
 
 #: Ranges that are asked for together are kept in memory when they are no longer than this in all.
 _MAX_KEPT_BYTES: Final = 16 << 20
+_NO_CALLBACK: Final = NoOpCallback()
 
 
 class _OneForEachRepository(type(AbstractFileSystem)):  # type: ignore[misc]  # fsspec has no types
@@ -276,7 +277,7 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
         return found
 
     def get_file(
-        self, rpath: str, lpath: Any, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **_: Any
+        self, rpath: str, lpath: Any, callback: Any = _NO_CALLBACK, outfile: Any = None, **_: Any
     ) -> None:
         """See fsspec; a file of that name is there whole or not at all."""
         rpath = self._strip_protocol(rpath)

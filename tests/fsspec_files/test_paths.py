@@ -153,7 +153,7 @@ def test_what_cannot_be_known_is_not_said_to_be_missing(saved, tmp_path):
 
 def test_urls_are_taken_apart_as_fsspec_does_it(saved, fs):
     url = f"replicate://{saved.experiment}:step=1/data/table.csv"
-    found, path = fsspec.url_to_fs(url, repository=saved.url)
+    found, path = fsspec.core.url_to_fs(url, repository=saved.url)
     assert found == fs and path == url.removeprefix("replicate://")
     assert found.unstrip_protocol(path) == url
     assert ReplicateFileSystem._strip_protocol(["replicate://a/", "b"]) == ["a", "b"]

@@ -18,10 +18,10 @@ from replicated.store.s3.body import Body
 from replicated.store.s3.environment import environment_of
 from replicated.store.s3.errors import plain_endpoint
 
-#: A connection that does not come about in this time never will; also the longest that a piece of a body may
-#: take on a new connection.
+#: A connection that does not come about in this time never will.
 CONNECT_TIMEOUT_S: Final = 5.0
-#: Without a single byte from the server. After 64 MiB a slow one needs a while to have them on its disks.
+#: Without a single byte from the server, or to it. After 64 MiB a slow one needs a while to have them on its
+#: disks.
 READ_TIMEOUT_S: Final = 60.0
 #: Between two sessions that were made because credentials were refused.
 RENEWAL_PAUSE_S: Final = 30.0
@@ -118,6 +118,8 @@ class Clients:
         import boto3.session
         from botocore.config import Config
 
+        from replicated.store.s3.connections import let_bodies_take
+
         wanted: dict[str, Any] = {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
@@ -139,6 +141,7 @@ class Clients:
             region = self._region or self._session.region_name or DEFAULT_REGION
             client = self._session.client("s3", region_name=region, config=Config(**known))
         self._region = region
+        let_bodies_take(client, READ_TIMEOUT_S)
         client.meta.events.register("before-sign.s3.PutObject", _asking_for_large_ones_only)
         client.meta.events.register("before-sign.s3.DeleteObjects", _with_md5)
         return client

@@ -102,7 +102,7 @@ class SnapshotWriter:
         self._memory = self._memories.take(store.capabilities)
         self._packer = Packer(store, index, self.stats, memory=self._memory.packs)
         self._contents = ContentWriter(
-            self._packer, index, reader, chunker, self._store_node, self.add_known, self._memory.buffers
+            self._packer, index, reader, chunker, self.store_node, self.add_known, self._memory.buffers
         )
 
     def __enter__(self) -> SnapshotWriter:
@@ -175,7 +175,7 @@ class SnapshotWriter:
 
     def new_directory(self) -> DirectoryBuilder:
         """A builder of one directory whose nodes are stored; those below it are built before it ends."""
-        return DirectoryBuilder(self._store_node)
+        return DirectoryBuilder(self.store_node)
 
     def add_tree(self, entries: Iterable[TreeEntry]) -> RootNode:
         """Store a tree.
@@ -187,16 +187,17 @@ class SnapshotWriter:
         """
         return _TreeBuilder(self.new_directory).build(entries)
 
+    def store_node(self, data: bytes) -> bytes:
+        """Store a node that was made in another way; its id."""
+        node = hash_chunk(data)
+        self._packer.add([Chunk(node, data)], TREE_PACK)
+        return node
+
     def finish(self) -> None:
         """Make durable everything that was added, and findable by readers of the index."""
         self._contents.flush()
         self._packer.finish()
         self._is_finished = True
-
-    def _store_node(self, data: bytes) -> bytes:
-        node = hash_chunk(data)
-        self._packer.add([Chunk(node, data)], TREE_PACK)
-        return node
 
 
 def _copy(content: memoryview, view: memoryview, offset: int) -> int:

@@ -279,7 +279,7 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
     def get_file(
         self, rpath: str, lpath: Any, callback: Any = _NO_CALLBACK, outfile: Any = None, **_: Any
     ) -> None:
-        """See fsspec; a file of that name is there whole or not at all."""
+        """See fsspec; a new file is there whole or not at all, an old one is whole or empty."""
         rpath = self._strip_protocol(rpath)
         if outfile is None and isfilelike(lpath):
             outfile = lpath
@@ -289,6 +289,11 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
             os.makedirs(lpath, exist_ok=True)
         else:
             target = os.path.abspath(stringify_path(lpath))
+            if os.path.lexists(target):
+                # Who has it open means the same file, so it is not replaced.
+                with open(target, "wb") as file:
+                    self._fill(rpath, file, callback)
+                return
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".replicate-", dir=os.path.dirname(target)) as directory:
                 part = os.path.join(directory, "part")
@@ -374,6 +379,15 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
             return self._read([path], [start], [end])[0]
         except OSError as error:
             return error
+
+    def _fill(self, path: str, file: Any, callback: Any) -> None:
+        try:
+            self._copy_to(path, file, callback)
+        except BaseException:
+            # What came before the trouble must not pass for the file.
+            file.seek(0)
+            file.truncate()
+            raise
 
     def _copy_to(self, path: str, file: Any, callback: Any) -> None:
         with os_errors(path):

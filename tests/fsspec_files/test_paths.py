@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from blake3 import blake3
 
 from replicated.fsspec_files import ReplicateFileSystem, opening
 from replicated.fsspec_files.naming import FRESH_S, Names
@@ -197,6 +198,7 @@ def test_times_and_hashes_tell_contents_apart(saved, fs):
     first, second = (f"{checkpoint}/small.txt" for checkpoint in saved.checkpoints)
     assert fs.ukey(first) != fs.ukey(second) and fs.checksum(first) != fs.checksum(second)
     assert fs.ukey(saved.path("small.txt")) == fs.ukey(saved.path("to-small"))
+    assert fs.info(first)["ETag"] == fs.ukey(first) == blake3(fs.cat_file(first)).hexdigest()
     assert fs.ukey(saved.path("data")) == fs.ukey(saved.path("data"))
     assert fs.created(first) < fs.created(second)
     assert fs.created(saved.experiment + ":code") < fs.created(first)

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 
 import fsspec
@@ -42,6 +43,9 @@ def test_a_whole_file(saved, fs, name, tmp_path):
     fs.get_file(path, tmp_path / "below" / "copy")
     assert (tmp_path / "below" / "copy").read_bytes() == expected
     assert os.listdir(tmp_path / "below") == ["copy"]
+    with tempfile.NamedTemporaryFile() as file:
+        fs.get_file(path, file.name)
+        assert file.read() == expected
 
 
 @given(data=st.data())
@@ -150,6 +154,10 @@ def test_damage_is_an_error_that_names_it_and_never_other_bytes(saved, tmp_path)
     with pytest.raises(OSError, match="damaged"):
         fs.get_file(saved.path("big.bin"), str(tmp_path / "copy"))
     assert not (tmp_path / "copy").exists() and not list(tmp_path.glob(".replicate-*"))
+    (tmp_path / "copy").write_text("something older")
+    with pytest.raises(OSError, match="damaged"):
+        fs.get_file(saved.path("big.bin"), str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == b""
 
 
 def test_threads_share_one_open_repository(saved):

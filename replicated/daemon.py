@@ -8,6 +8,7 @@ journal and the spool, so the daemon may be killed at any moment; a clean stop o
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import logging.handlers
 import os
@@ -30,12 +31,15 @@ from replicated.admission import Admission
 from replicated.browse import Browser
 from replicated.experiments import Experiments
 from replicated.heap import keep_memory
+from replicated.heartbeats import Heartbeats
 from replicated.intake import Intake
 from replicated.jobs import Frozen, Jobs
 from replicated.journal import Journal
 from replicated.liveness import RunWatcher
 from replicated.mount.life.supervising import Supervisor
 from replicated.mount.life.table import MountTable
+from replicated.patience import Patience
+from replicated.reaching import Access
 from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
 from replicated.rpc import RpcServer, Services
@@ -46,6 +50,7 @@ from replicated.snapshot.spool import Spool
 from replicated.snapshot.tree_caches import TreeCaches
 from replicated.snapshot.watch import TreeWatches
 from replicated.sqlite import DatabaseUnusable
+from replicated.standings import Standings
 from replicated.storing import Storing
 
 #: A daemon that was started on demand and has had nothing to do for this long leaves.
@@ -161,7 +166,12 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
     watches = TreeWatches()
     watches.start()
     stack.callback(watches.stop)
-    repositories = OpenRepositories(home.cache)
+    standings = Standings(home.state / "repositories.db", time.time_ns)
+    stack.callback(standings.close)
+    for url in standings.troubles().keys() - {job.repository for job in journal.captured()}:
+        standings.note_well(url)  # nothing waits for it any more
+    access = Access()
+    repositories = OpenRepositories(home.cache, access=access, standings=standings, patience=Patience())
     stack.callback(repositories.close)
     tree_caches = TreeCaches(home.cache / "trees", repositories)
     stack.callback(tree_caches.close)
@@ -171,17 +181,18 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
         journal,
         repositories,
         Frozen(spool, held, capturer),
-        lambda: Storing(held, home.cache),
+        lambda: Storing(held, home.cache, access),
+        standings,
         lost=lost,
         upload_limit=upload_limit,
     )
     experiments = Experiments(journal, repositories, home.cache / "catalogs")
     stack.callback(experiments.close)
     host = socket.gethostname()
-    watcher = RunWatcher(
-        on_gone=lambda run, status: intake.process_gone(run, status),
-        on_beat=lambda run: intake.beat(run, host),
-    )
+    # A home on a network file system may have daemons on several machines, one after the other.
+    daemon_id = hashlib.sha256(f"{standings.daemon_id()}/{host}".encode()).hexdigest()
+    heartbeats = Heartbeats(journal, repositories, daemon_id, host)
+    watcher = RunWatcher(on_gone=lambda run, status: intake.process_gone(run, status))
     intake = Intake(
         journal,
         capturer,
@@ -190,10 +201,10 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
         Admission(journal, jobs.wait_for_change, jobs.waiting_because),
         wake=jobs.wake,
         watch=watcher.watch,
-        watch_exit=lambda run: watcher.watch(run, is_exiting=True),
         forget=watcher.forget,
+        tell_runs=heartbeats.wake,
     )
-    mounts = MountTable(home)
+    mounts = MountTable(home, access)
     mounts.adopt()
     supervisor = Supervisor(mounts)
     supervisor.start()
@@ -210,6 +221,8 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
             browser=Browser(experiments, repositories, home.cache),
             removal=Removal(journal, capturer, jobs, experiments, repositories, mounts),
             mounts=mounts,
+            access=access,
+            standings=standings,
             request_stop=stop.set,
         )
     )
@@ -218,8 +231,10 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
     jobs.start()
     watcher.start()
     stack.callback(watcher.stop)
+    stack.callback(heartbeats.stop)
     for run in journal.runs():
         watcher.watch(run)
+        heartbeats.wake(run.repository)
     _listen(home, server, stack)
     return _Idleness(server, journal, jobs, mounts)
 

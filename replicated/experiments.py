@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from replicate.errors import Ambiguous, InvalidArgument, NotFound, RepositoryMissing
+from replicate.access import scheme_of
+from replicate.errors import (
+    Ambiguous,
+    InvalidArgument,
+    NotFound,
+    RepositoryMissing,
+    RepositoryUnreachable,
+)
 from replicate.ids import Reference, parse_reference, short
 from replicate.records import (
     CheckpointRecord,
@@ -30,12 +37,12 @@ from replicated.catalog import Catalog, CatalogEntry
 from replicated.filters import parse_filter, sort_summaries
 from replicated.format.metadata import EndEdit, decode_edit
 from replicated.journal import Job, Journal, Run
+from replicated.live_runs import LiveRuns
 from replicated.processes import current_boot_id, is_alive
+from replicated.remarks import remark
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
-
-#: Three heartbeats missed and some slack for clocks that differ.
-HEARTBEAT_FRESH = timedelta(seconds=45)
+from replicated.store.unreachable import UnreachableStore
 
 Chosen = Literal["", "best", "latest", "code", "step"]
 
@@ -64,7 +71,7 @@ class Experiments:
         self._repositories = repositories
         self._directory = catalogs
         self._lock = threading.Lock()
-        self._catalogs: dict[str, tuple[Repository, Catalog]] = {}
+        self._catalogs: dict[tuple[str, bool], tuple[Repository, Catalog]] = {}
 
     def close(self) -> None:
         """Close the catalogs."""
@@ -119,30 +126,46 @@ class Experiments:
     def _choose(self, view: _View, summary: ExperimentSummary, reference: Reference, text: str) -> Resolution:
         return choose_checkpoint(summary, reference, text, lambda: self._checkpoints(view, summary.record.id))
 
-    def _catalog(self, url: str) -> Catalog:
-        repository = self._repositories.get(url)
+    def _catalog(self, url: str, repository: Repository) -> Catalog:
+        # Of one that is out of reach there may be two: as it was opened, and as it is remembered.
+        key = (url, isinstance(repository.store, UnreachableStore))
         with self._lock:
-            known = self._catalogs.get(url)
+            known = self._catalogs.get(key)
             if known is not None:
                 if known[0] is repository:
                     return known[1]
                 known[1].close()  # the repository was deleted and made anew
             catalog = Catalog(repository, self._directory)
-            self._catalogs[url] = repository, catalog
+            self._catalogs[key] = repository, catalog
             return catalog
 
     def _view(self, repository: str) -> _View:
         # The journal first: a job that is stored in between is then seen in both and not in neither.
         jobs = _Overlay(self._journal.unfinished(repository), self._journal.runs(), self._journal.stalls())
         try:
-            catalog = self._catalog(repository)
+            opened = self._repositories.get(repository)
         except RepositoryMissing:
             if not jobs.experiments and not jobs.checkpoints:
                 raise
             # Moved, unmounted or deleted: what waits to be stored in it is known all the same.
-            return _View(repository, None, jobs)
-        catalog.refresh()
-        return _View(repository, catalog, jobs)
+            return _View(None, None, jobs)
+        except RepositoryUnreachable as error:
+            return self._remembered(repository, jobs, error)
+        catalog = self._catalog(repository, opened)
+        try:
+            self._repositories.patiently(repository, "refresh", catalog.refresh)
+        except RepositoryUnreachable as error:
+            return self._remembered(repository, jobs, error)
+        return _View(catalog, LiveRuns(opened), jobs)
+
+    def _remembered(self, url: str, jobs: _Overlay, error: RepositoryUnreachable) -> _View:
+        """What this machine knows of a repository in a bucket that cannot be reached; raises `error`."""
+        known = None if scheme_of(url) is None else self._repositories.remembered(url, error)
+        is_nothing_known = known is None and not jobs.experiments and not jobs.checkpoints
+        if scheme_of(url) is None or isinstance(error, RepositoryMissing) or is_nothing_known:
+            raise error
+        remark(f"shown is what this machine knows of {url}, which cannot be reached now: {error.message}")
+        return _View(None if known is None else self._catalog(url, known), None, jobs)
 
     def _summaries(self, view: _View) -> list[ExperimentSummary]:
         """Every experiment, oldest first."""
@@ -197,8 +220,7 @@ class Experiments:
         edit = view.jobs.ends.get(record.id)
         if edit is not None:
             return edit.status, edit.time
-        repository = None if view.catalog is None else self._repositories.get(view.repository)
-        return recorded_status(entry, repository)
+        return recorded_status(entry, view.live_runs)
 
     def _checkpoints(self, view: _View, experiment_id: str) -> list[CheckpointRecord]:
         stored = view.catalog.checkpoints(experiment_id) if view.catalog else []
@@ -267,27 +289,28 @@ def choose_checkpoint(
     return Resolution(summary, checkpoint, named_experiment=True, chosen=chosen)
 
 
-def recorded_status(entry: CatalogEntry, repository: Repository | None) -> tuple[Status, datetime | None]:
-    """How a run stands, and when it ended, by what is recorded: who watches runs may know better."""
+def recorded_status(entry: CatalogEntry, live_runs: Container[str] | None) -> tuple[Status, datetime | None]:
+    """How a run stands, and when it ended, by what is recorded: who watches runs may know better.
+
+    `live_runs` is looked at only when its end is not recorded; None: nobody can say.
+    """
     if entry.end_status is not None:
         return entry.end_status, entry.ended
     process = entry.record.process
     if process is not None and process.boot_id == current_boot_id():
         # Of this machine, recorded by a daemon of another home.
         return ("running" if is_alive(process) else "killed"), None
-    heartbeat = None if repository is None else repository.load_heartbeat(entry.record.id)
-    if heartbeat is not None and utc_now() - heartbeat.time < HEARTBEAT_FRESH:
-        return "running", None
-    return "unknown", None
+    return ("running" if live_runs is not None and entry.record.id in live_runs else "unknown"), None
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
     """A repository as it is at one moment: what the journal knows, and the refreshed catalog."""
 
-    repository: str
     #: None when the repository is missing.
     catalog: Catalog | None
+    #: None when nobody can be asked.
+    live_runs: LiveRuns | None
     jobs: _Overlay
 
 

@@ -18,7 +18,14 @@ from datetime import datetime
 from pathlib import Path
 
 from replicate import wire
-from replicate.errors import CallAbandoned, CaptureFailed, NotFound, RepositoryMissing
+from replicate.access import scheme_of
+from replicate.errors import (
+    CallAbandoned,
+    CaptureFailed,
+    NotFound,
+    RepositoryMissing,
+    RepositoryUnreachable,
+)
 from replicate.ids import ExperimentId, short
 from replicate.records import (
     CheckpointRecord,
@@ -29,7 +36,7 @@ from replicate.records import (
     utc_now,
 )
 from replicated.admission import Admission, Bounds
-from replicated.format.metadata import Edit, EndEdit, Heartbeat, ResumeEdit, encode_edit
+from replicated.format.metadata import Edit, EndEdit, ResumeEdit, encode_edit
 from replicated.format.shards import RankEdit, decode_rank_edit, encode_rank_edit
 from replicated.journal import Job, JobState, Journal, Run, job_id_of
 from replicated.processes import current_boot_id
@@ -80,9 +87,10 @@ class Intake:
         *,
         wake: Callable[[str], None],
         watch: Callable[[Run], None],
-        watch_exit: Callable[[Run], None],
         forget: Callable[[str], None],
+        tell_runs: Callable[[str], None] = lambda repository: None,
     ) -> None:
+        """`wake` is told of a new job, `watch` and `forget` of runs, `tell_runs` where they have changed."""
         self._journal = journal
         self._capturer = capturer
         self._repositories = repositories
@@ -90,8 +98,8 @@ class Intake:
         self._admission = admission
         self._wake = wake
         self._watch = watch
-        self._watch_exit = watch_exit
         self._forget = forget
+        self._tell_runs = tell_runs
         self._lock = threading.Lock()
         #: Ids being accepted; guarded by the lock. The condition tells that one has left.
         self._in_progress: set[str] = set()
@@ -112,8 +120,7 @@ class Intake:
             answered = self._answered(record.id)
             if answered is not None:
                 return answered
-            # A repository that cannot be used is told now; later trouble with it does not stop training.
-            self._repositories.get(repository, create=True).check_writable()
+            warning = self._check_repository(repository, create=True)
             accepted = self._accept(
                 Job(
                     id=record.id,
@@ -129,7 +136,12 @@ class Intake:
             )
         if record.process is not None:
             self._begin_run(Run(record.id, repository, record.process))
-        return accepted
+        if not warning:
+            return accepted
+        captured = accepted.captured
+        return dataclasses.replace(
+            accepted, captured=dataclasses.replace(captured, warnings=(warning, *captured.warnings))
+        )
 
     def create_checkpoint(
         self,
@@ -190,9 +202,10 @@ class Intake:
         run = self._journal.end_run(experiment_id)
         member = self._find_member(experiment_id)
         if run is not None and is_exiting and status == "stopped":
-            self._watch_exit(run)
+            self._watch(run)
         else:
             self._forget(experiment_id)
+        self._tell_runs(repository)
         if member is not None:
             self._add_member_end(member, status, ended)
         else:
@@ -206,7 +219,7 @@ class Intake:
         It is a run of its own, under its `member_id`.
         """
         with suppress(RepositoryMissing):
-            self._repositories.get(repository)
+            self._check_repository(repository, create=False)
         # First what tells the run from that of an experiment.
         self._add_rank_edit(repository, experiment_id, edit, edit.member_id)
         self._begin_run(Run(ExperimentId(edit.member_id), repository, process))
@@ -251,6 +264,7 @@ class Intake:
     def process_gone(self, run: Run, exit_status: int | None) -> None:
         """Record that a training process has ended, if that is news; called by the watcher."""
         is_news = self._journal.end_run(run.experiment_id) is not None
+        self._tell_runs(run.repository)
         member = self._find_member(run.experiment_id)
         if member is not None:
             if exit_status is not None and exit_status > 0:
@@ -262,17 +276,29 @@ class Intake:
         elif is_news:
             self._add_end(run.repository, run.experiment_id, EndEdit("killed", utc_now()))
 
-    def beat(self, run: Run, host: str) -> None:
-        """Write the heartbeat of a run, once its experiment is in the repository; best effort."""
-        job = self._journal.find(run.experiment_id)
-        if job is not None and (job.state != "stored" or job.kind == "edit"):
-            return
-        repository = self._repositories.get(run.repository)
-        repository.put_heartbeat(Heartbeat(run.experiment_id, utc_now(), host, run.process))
+    def _check_repository(self, url: str, *, create: bool) -> str:
+        """Raise what is wrong with a repository; later trouble with it does not stop training.
+
+        One that this machine has used, in a bucket that cannot be reached now, is trouble of that kind: what
+        users are to be told of it.
+        """
+        try:
+            self._repositories.get(url, create=create).check_writable()
+        except RepositoryMissing:
+            raise
+        except RepositoryUnreachable as error:
+            if scheme_of(url) is None or not self._repositories.has_used(url):
+                raise
+            return (
+                f"{url} cannot be reached now, so what is saved waits on this machine until it can:"
+                f" {error.message}"
+            )
+        return ""
 
     def _begin_run(self, run: Run) -> None:
         self._journal.start_run(run)
         self._watch(run)
+        self._tell_runs(run.repository)
 
     def _accept(self, job: Job, request: CaptureRequest | None, terms: Terms) -> Accepted:
         job = dataclasses.replace(job, boot_id=current_boot_id())
@@ -324,7 +350,9 @@ class Intake:
         if job is None and may_be_missing:
             return
         if job is None:
-            self._repositories.get(repository).load_experiment(experiment_id)
+            # What is in a bucket is asked for when it is stored: training does not wait for the network.
+            if scheme_of(repository) is None:
+                self._repositories.get(repository).load_experiment(experiment_id)
         elif job.state == "removed":
             raise NotFound(
                 f"experiment {short(experiment_id)} was deleted",

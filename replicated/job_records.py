@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from replicated.format.manifest import RootNode
-from replicated.format.metadata import EndEdit, decode_edit
+from replicated.format.metadata import decode_edit
 from replicated.format.shards import decode_rank_edit
 from replicated.journal import Job
 from replicated.keys import Announced
@@ -23,15 +23,13 @@ def rank_of(job: Job) -> int | None:
 
 
 def put_edit(repository: Repository, job: Job) -> None:
-    """Write an edit, and end what shows that the experiment runs if it says so."""
+    """Write an edit."""
     edit = decode_edit(job.record)
     if edit is None:
         announced = Announced("edit", job.experiment_id, job.id)
         repository.publisher.publish(Publication(announced, job.record))
         return
     repository.put_edit(job.experiment_id, job.id, edit)
-    if isinstance(edit, EndEdit):
-        repository.delete_heartbeat(job.experiment_id)
 
 
 def publication_of(job: Job, root: RootNode | None) -> Publication:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 import sqlite3
 import threading
 import time
@@ -28,19 +27,17 @@ from replicated.processes import current_boot_id
 from replicated.publishing import Publication
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
+from replicated.resting import Rest
 from replicated.snapshot.capture import Capturer
 from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
 from replicated.snapshot.store_channel import StoredTree
+from replicated.standings import Standings
 from replicated.storing import StoreProcessDied, Storing
 from replicated.upkeep import keep_up
 
 #: Somebody who waited is likely to wait again: clients ask in steps.
 URGENT_AFTER_WAIT_S = 2.0
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 60.0
-#: While somebody waits for what is to be stored.
-URGENT_PAUSE_S = 2.0
 #: A bug of ours is tried this often before the job fails, so that it cannot block the queue for ever.
 UNEXPECTED_TRIES = 3
 #: Collectors would have to take what is relied on so often in a row; then it waits a while.
@@ -83,11 +80,16 @@ class Jobs:
         repositories: OpenRepositories,
         frozen: Frozen,
         make_storing: Callable[[], Storing],
+        standings: Standings,
         *,
         lost: Mapping[str, str] | None = None,
         upload_limit: int = 0,
     ) -> None:
-        """`lost`: captures that did not survive the last daemon, and why. `upload_limit` is for all."""
+        """`lost`: captures that did not survive the last daemon, and why. `upload_limit` is for all.
+
+        `standings` is told how it stands with each repository.
+        """
+        self._standings = standings
         self._journal = journal
         self._repositories = repositories
         self._frozen = frozen
@@ -121,7 +123,7 @@ class Jobs:
                 worker = _Worker(self, repository)
                 worker.thread.start()
                 self._workers[repository] = worker
-        worker.wake.set()
+        worker.rest.wake.set()
 
     def stop(self) -> None:
         """Let the workers stop after the chunk they are at; what is not stored stays in the journal."""
@@ -130,7 +132,7 @@ class Jobs:
             workers = list(self._workers.values())
             self._changed.notify_all()
         for worker in workers:
-            worker.wake.set()
+            worker.rest.wake.set()
         for worker in workers:
             worker.thread.join()
 
@@ -175,7 +177,7 @@ class Jobs:
         with self._lock:
             workers = list(self._workers.values())
         active = [worker for worker in workers if worker.active is not None]
-        waiting = next((worker.waiting_because for worker in workers if worker.waiting_because), "")
+        waiting = next((worker.rest.because for worker in workers if worker.rest.because), "")
         if not active:
             return Progress(waiting_because=waiting)
         ids = frozenset(worker.active.id for worker in active if worker.active)
@@ -195,7 +197,7 @@ class Jobs:
         """Why nothing can be stored in a repository at the moment; empty when it can."""
         with self._lock:
             worker = self._workers.get(repository)
-        return worker.waiting_because if worker else ""
+        return worker.rest.because if worker else ""
 
     def wait(self, ids: Iterable[str], timeout_s: float) -> None:
         """Return when no captured job is left, of these experiments and checkpoints or of all, or late."""
@@ -206,7 +208,7 @@ class Jobs:
                 # Also one that only looks now and then for the parts of other processes.
                 resting = [worker for worker in self._workers.values() if worker.active is None]
             for worker in resting:
-                worker.wake.set()  # it may be well again
+                worker.rest.wake.set()  # it may be well again
         while not self._stopping:
             # Registered before the journal is asked, so that a job finished in between is not missed.
             with self._changed:
@@ -261,16 +263,14 @@ class _Worker:
     def __init__(self, jobs: Jobs, repository: str) -> None:
         self._jobs = jobs
         self._repository = repository
-        self.wake = threading.Event()
+        self.rest = Rest(repository, jobs._standings)
         # Read by other threads for `status` only; each is replaced as a whole.
         self.active: Job | None = None
         self.bytes_done = 0
         self.started = 0.0
-        self.waiting_because = ""
         # The thread's own.
         self._storing = jobs._make_storing()
         self._parts = PartJobs(jobs._journal, repository, self._put, lambda: jobs.is_urgent)
-        self._pause_s = FIRST_PAUSE_S
         self._unexpected = 0
         self.thread = threading.Thread(target=self._run, name="store", daemon=True)
 
@@ -292,9 +292,9 @@ class _Worker:
         """Store the oldest job, or wait for one; after trouble, wait for better times."""
         job = self._parts.take_due() or self._jobs._journal.next_captured(self._repository)
         if job is None:
-            self.waiting_because = ""
-            is_woken = self.wake.wait(self._parts.pause_s())
-            self.wake.clear()
+            self.rest.note_well()
+            is_woken = self.rest.wake.wait(self._parts.pause_s())
+            self.rest.wake.clear()
             if not is_woken:
                 return
             # The request that told of it is not answered yet, and would wait for Python's lock.
@@ -317,7 +317,9 @@ class _Worker:
         except Exception as error:
             self._bear_with(job, error)
         else:
-            self._pause_s, self._unexpected, self.waiting_because = FIRST_PAUSE_S, 0, ""
+            self._unexpected = 0
+            self.rest.start_anew()
+            self.rest.note_well()
             keep_up(self._jobs._repositories.known(job.repository))
         finally:
             self.active = None
@@ -342,13 +344,7 @@ class _Worker:
             self._forget(job)
 
     def _rest(self, reason: str) -> None:
-        self.waiting_because = reason
-        longest = URGENT_PAUSE_S if self._jobs.is_urgent else LONGEST_PAUSE_S
-        # Jitter: many machines that lost the same store must not come back in step.
-        is_woken = self.wake.wait(min(self._pause_s, longest) * random.uniform(0.5, 1.5))
-        self.wake.clear()
-        if not is_woken:
-            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        self.rest.take(reason, is_urgent=self._jobs.is_urgent)
 
     def _store(self, job: Job) -> None:
         jobs = self._jobs

@@ -1,9 +1,8 @@
-"""Watches the training processes of this machine: who is gone is noticed at once, who lives shows it.
+"""Watches the training processes of this machine: who is gone is noticed at once.
 
-One thread waits on a pidfd for each run and calls `on_gone` when its process has ended; between, it calls
-`on_beat` for every live run at a steady interval, which writes the heartbeat that other machines see.
-Which runs exist is the journal's knowledge; this module only holds descriptors, which belong to its thread:
-other threads post what they want.
+One thread waits on a pidfd for each run and calls `on_gone` when its process has ended. Which runs exist is
+the journal's knowledge; this module only holds descriptors, which belong to its thread: other threads post
+what they want. What other machines see of the runs is up to `heartbeats`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from replicate.ids import short
 from replicated.journal import Run
 from replicated.processes import exit_status, open_pidfd
 
-#: Heartbeats are for readers on other machines; on this one the pidfd tells at once.
-HEARTBEAT_INTERVAL_S = 10.0
 #: The kernel tells an exit status when the parent has taken note of the end, usually at once.
 REAP_PATIENCE_S = 5.0
 _REAP_POLL_S = 0.01
@@ -36,8 +33,6 @@ class _Watch:
     run: Run
     #: Negative when the process had ended before it could be watched.
     descriptor: int
-    #: Has said that it ends: no more heartbeats, only its exit status is of interest.
-    is_exiting: bool
     #: When to stop waiting for the exit status of a process that has ended; None while it lives.
     patience_ends: float | None = None
 
@@ -48,9 +43,8 @@ class RunWatcher:
     `on_gone(run, status)` gets the exit code, minus a signal, or None when the kernel does not tell.
     """
 
-    def __init__(self, on_gone: Callable[[Run, int | None], None], on_beat: Callable[[Run], None]) -> None:
+    def __init__(self, on_gone: Callable[[Run, int | None], None]) -> None:
         self._on_gone = on_gone
-        self._on_beat = on_beat
         #: A watch to begin, an id to forget, None to stop.
         self._posts: queue.SimpleQueue[_Watch | str | None] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -70,11 +64,11 @@ class RunWatcher:
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 
-    def watch(self, run: Run, *, is_exiting: bool = False) -> None:
+    def watch(self, run: Run) -> None:
         """Watch a run; one that is watched already is watched in this way instead."""
         # Opened here: by the time the thread gets to it, the process may have ended, and its status be lost.
         descriptor = open_pidfd(run.process)
-        self._post(_Watch(run, -1 if descriptor is None else descriptor, is_exiting))
+        self._post(_Watch(run, -1 if descriptor is None else descriptor))
 
     def forget(self, experiment_id: str) -> None:
         """Stop watching a run that has ended."""
@@ -87,16 +81,10 @@ class RunWatcher:
 
     def _loop(self) -> None:
         self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        next_beat = time.monotonic() + HEARTBEAT_INTERVAL_S
         while self._take_posts():
             self._settle_ended()
-            now = time.monotonic()
-            if now >= next_beat:
-                next_beat = now + HEARTBEAT_INTERVAL_S
-                for watch in list(self._watches.values()):
-                    self._beat(watch)
             waiting = any(watch.patience_ends is not None for watch in self._watches.values())
-            ready = self._selector.select(_REAP_POLL_S if waiting else max(0.0, next_beat - now))
+            ready = self._selector.select(_REAP_POLL_S if waiting else None)
             for key, _ in ready:
                 if key.data is None:
                     with contextlib.suppress(BlockingIOError):
@@ -124,7 +112,6 @@ class RunWatcher:
                 continue
             self._watches[experiment_id] = post
             self._selector.register(post.descriptor, selectors.EVENT_READ, experiment_id)
-            self._beat(post)
         return True
 
     def _settle_ended(self) -> None:
@@ -143,11 +130,6 @@ class RunWatcher:
             if watch.patience_ends is None:
                 self._selector.unregister(watch.descriptor)
             os.close(watch.descriptor)
-
-    def _beat(self, watch: _Watch) -> None:
-        if not watch.is_exiting and watch.patience_ends is None:
-            with _logged(watch.run):
-                self._on_beat(watch.run)
 
     def _tell_gone(self, run: Run, status: int | None) -> None:
         with _logged(run):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from replicate import wire
@@ -26,6 +26,7 @@ from replicated.mount.options import DEFAULT_TIMEOUT_S, ENGINES, PASSTHROUGH, Mo
 from replicated.probe import Finding
 from replicated.processes import is_alive
 from replicated.snapshot.capture import Captured, CaptureRequest
+from replicated.standings import Trouble
 from replicated.usage import Usage, UsageReport
 
 #: A century: what is more is a mistake, and must not overflow the sum.
@@ -242,6 +243,37 @@ def encode_waiting_part(job: Job) -> pb.WaitingPart:
     return pb.WaitingPart(
         id=job.subject_id, experiment_id=job.experiment_id, waits_for=wire.encode_text(job.waits_for)
     )
+
+
+def encode_standings(
+    captured: Sequence[Job],
+    failed: Sequence[Job],
+    active_ids: Container[str],
+    troubles: Mapping[str, Trouble],
+    is_access_missing: Callable[[str], bool],
+) -> list[pb.RepositoryStanding]:
+    """How it stands with each repository, by URL."""
+    standings = {}
+    for url in sorted({*troubles, *(job.repository for job in (*captured, *failed))}):
+        jobs = [job for job in captured if job.repository == url]
+        trouble = troubles.get(url)
+        active = sum(job.id in active_ids for job in jobs)
+        standings[url] = message = pb.RepositoryStanding(
+            repository=url,
+            pending=len(jobs) - active,
+            active=active,
+            bytes_pending=sum(job.size_bytes for job in jobs),
+        )
+        if trouble is not None:
+            message.waiting_because = wire.encode_text(trouble.reason)
+            message.waiting_since_ns = trouble.since_ns
+            message.retry_at_ns = trouble.retry_at_ns
+            if is_access_missing(url):
+                message.hint = (
+                    "since the daemon was started, no command has told it how to reach the bucket: run"
+                    f" `replicate -R {url} flush` where the credentials are set"
+                )
+    return list(standings.values())
 
 
 def encode_probe_step(finding: Finding) -> pb.ProbeStep:

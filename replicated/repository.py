@@ -35,6 +35,7 @@ from replicated.keys import (
     CHECKPOINT_PREFIX,
     EDIT_PREFIX,
     EXPERIMENT_PREFIX,
+    HEARTBEAT_PREFIX,
     LOG_PREFIX,
     PACK_PREFIX,
     SETTINGS_KEY,
@@ -218,12 +219,12 @@ class Repository:
         self._publisher.publish(publish_edit(experiment_id, edit_id, edit))
 
     def put_heartbeat(self, heartbeat: Heartbeat) -> None:
-        """Overwrite the sign of life of an experiment; not durable."""
-        self._store.replace(heartbeat_key(heartbeat.experiment_id), metadata.encode_heartbeat(heartbeat))
+        """Overwrite the sign of life of a daemon's runs; not durable."""
+        self._store.replace(heartbeat_key(heartbeat.daemon), metadata.encode_heartbeat(heartbeat))
 
-    def delete_heartbeat(self, experiment_id: ExperimentId) -> None:
-        """Remove the sign of life of an experiment."""
-        self._store.delete(heartbeat_key(experiment_id))
+    def delete_heartbeat(self, daemon_id: str) -> None:
+        """Remove the sign of life of a daemon's runs."""
+        self._store.delete(heartbeat_key(daemon_id))
 
     def delete_checkpoint(self, experiment_id: ExperimentId, checkpoint_id: CheckpointId) -> None:
         """Remove a checkpoint's record, and so its snapshot; chunks stay until they are collected."""
@@ -399,12 +400,20 @@ class Repository:
         edits = (self.load_edit(experiment_id, edit_id) for edit_id in self.list_edit_ids(experiment_id))
         return sorted((edit for edit in edits if edit is not None), key=lambda edit: edit.time)
 
-    def load_heartbeat(self, experiment_id: ExperimentId) -> Heartbeat | None:
-        """The latest sign of life, or None when there is none or it cannot be read."""
-        try:
-            return metadata.decode_heartbeat(self._store.get(heartbeat_key(experiment_id)))
-        except (KeyMissing, Malformed, NewerFormat):
-            return None
+    def list_heartbeats(self, max_age_s: float) -> list[tuple[Heartbeat, float | None]]:
+        """The signs of life that can be read, each with its age in seconds where the store tells.
+
+        Those that the store says are older than `max_age_s` are left out, and not read.
+        """
+        found: list[tuple[Heartbeat, float | None]] = []
+        for info in list(self._store.list(HEARTBEAT_PREFIX)):
+            if info.age_s is not None and info.age_s > max_age_s:
+                continue
+            try:
+                found.append((metadata.decode_heartbeat(self._store.get(info.key)), info.age_s))
+            except (KeyMissing, Malformed, NewerFormat):
+                pass  # gone meanwhile, or of another version
+        return found
 
     def locate(self, chunk_ids: Sequence[bytes]) -> dict[bytes, Location]:
         """Where these different chunks lie."""

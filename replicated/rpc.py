@@ -1,22 +1,16 @@
 """The daemon's end of the wire: decode a request, call the one who knows, encode the answer. No logic.
 
-The only module of this package that imports grpc. Every error of ours travels with its class, fields
-and hint; anything else is our bug, logged with its traceback and told as such.
+What is the same for every call, such as how errors travel, is in `answering`. Nothing else here knows grpc.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
-import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 
@@ -24,9 +18,11 @@ from replicate import wire
 from replicate._pb import daemon_pb2 as pb
 from replicate._pb import daemon_pb2_grpc as pb_grpc
 from replicate._version import __version__
-from replicate.errors import InternalError, InvalidArgument, ReplicateError
+from replicate.access import MAX_BYTES
+from replicate.errors import InvalidArgument
 from replicate.ids import is_id
 from replicate.records import FileChange, FileEntry, utc_now
+from replicated.answering import Activity, answering, stream, unary, wanted_unary
 from replicated.browse import Browser, file_entry
 from replicated.checkout.planning import plan
 from replicated.checkout.progress import progress_of
@@ -51,16 +47,19 @@ from replicated.messages import (
     encode_mount,
     encode_probe_step,
     encode_resolution,
+    encode_standings,
     encode_usage_report,
     encode_waiting_part,
 )
 from replicated.mount.engine import choosing
 from replicated.mount.life.table import MountTable
 from replicated.probe import probe_repository
+from replicated.reaching import Access
 from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
 from replicated.snapshot.held import HeldFiles
 from replicated.snapshot.spool import Spool
+from replicated.standings import Standings
 from replicated.tree import diff_trees
 from replicated.usage import measure
 
@@ -71,10 +70,11 @@ MAX_CONCURRENT_REQUESTS = 1000
 #: A request that waits for storing is answered after this long at the latest, and asked again.
 MAX_WAIT_S = 5.0
 
+#: In text, as it is on the wire, and with all that is added on the way.
+_MAX_METADATA_BYTES = 2 * MAX_BYTES
 _BATCH = 500
 _PIECE_BYTES = 1 << 20
 
-_log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 
@@ -92,31 +92,10 @@ class Services:
     browser: Browser
     removal: Removal
     mounts: MountTable
+    access: Access
+    standings: Standings
     #: Asks the daemon to stop, at once and without waiting.
     request_stop: Callable[[], None]
-
-
-class Activity:
-    """When the last request was answered, and whether one is being answered; for the idle exit."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._active = 0
-        self._last = time.monotonic()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._active += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._active -= 1
-            self._last = time.monotonic()
-
-    def idle_s(self) -> float:
-        """Seconds since the last request; 0 during one."""
-        with self._lock:
-            return 0.0 if self._active else time.monotonic() - self._last
 
 
 class RpcServer:
@@ -129,6 +108,9 @@ class RpcServer:
             maximum_concurrent_rpcs=MAX_CONCURRENT_REQUESTS,
             options=[
                 ("grpc.max_receive_message_length", wire.MAX_REQUEST_BYTES),
+                # Session tokens travel in it; grpc's own bound is 8 KiB.
+                ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
                 ("grpc.max_send_message_length", wire.MAX_REPLY_BYTES),
                 # Clients ask during long calls whether we still live; grpc would take that for an attack.
                 ("grpc.http2.max_ping_strikes", 0),
@@ -147,51 +129,6 @@ class RpcServer:
         self._server.stop(grace_s).wait()
 
 
-def _unary(method: Callable[..., Any], *, with_wanted: bool = False) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def answer(self: _Servicer, request: Any, context: grpc.ServicerContext) -> Any:
-        with self.activity, _errors_told(context, method.__name__):
-            return method(self, request, context.is_active) if with_wanted else method(self, request)
-
-    return answer
-
-
-#: Of a call that must have no effect once its client has given it up: it can ask.
-_wanted_unary = functools.partial(_unary, with_wanted=True)
-
-
-def _stream(method: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def answer(self: _Servicer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with self.activity, _errors_told(context, method.__name__):
-            yield from method(self, request)
-
-    return answer
-
-
-@contextlib.contextmanager
-def _errors_told(context: grpc.ServicerContext, method: str) -> Iterator[None]:
-    try:
-        yield
-    except ReplicateError as error:
-        _abort(context, error)
-    except Exception as error:
-        if not context.is_active():
-            raise  # the client has gone; nobody to tell
-        _log.exception("%s failed", method)
-        _abort(context, InternalError(f"internal error in the daemon: {type(error).__name__}: {error}"))
-
-
-def _abort(context: grpc.ServicerContext, error: ReplicateError) -> None:
-    context.set_trailing_metadata(((wire.ERROR_METADATA_KEY, wire.encode_error(error)),))
-    status = (
-        grpc.StatusCode.INTERNAL if isinstance(error, InternalError) else grpc.StatusCode.FAILED_PRECONDITION
-    )
-    if isinstance(error, InvalidArgument):
-        status = grpc.StatusCode.INVALID_ARGUMENT
-    context.abort(status, wire.encode_text(error.message))
-
-
 class _Servicer(pb_grpc.DaemonServicer):
     """One method a call of protos/daemon.proto, in its order."""
 
@@ -200,11 +137,17 @@ class _Servicer(pb_grpc.DaemonServicer):
         self.activity = activity
         self._started = utc_now()
 
-    @_unary
+    def note_access(self, url: str, variables: Mapping[str, str]) -> None:
+        """Reach a bucket with these variables from now on; what waits for that is tried at once."""
+        services = self._services
+        if services.access.note(url, variables) and services.journal.captured(url):
+            services.jobs.wake(url)
+
+    @unary
     def Hello(self, request: pb.HelloRequest) -> pb.HelloReply:
         return self._hello()
 
-    @_unary
+    @unary
     def Shutdown(self, request: pb.ShutdownRequest) -> pb.ShutdownReply:
         pending = len(self._services.journal.captured())
         self._services.request_stop()
@@ -212,7 +155,7 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     # Writing
 
-    @_wanted_unary
+    @wanted_unary
     def CreateExperiment(
         self, request: pb.CreateExperimentRequest, is_wanted: Callable[[], bool]
     ) -> pb.CaptureReply:
@@ -223,7 +166,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         accepted = self._services.intake.create_experiment(repository, record, capture, terms)
         return self._encode_accepted(repository, accepted)
 
-    @_wanted_unary
+    @wanted_unary
     def CreateCheckpoint(
         self, request: pb.CreateCheckpointRequest, is_wanted: Callable[[], bool]
     ) -> pb.CaptureReply:
@@ -238,7 +181,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         waiting_because = self._services.jobs.waiting_because(repository)
         return encode_captured(accepted.captured, accepted.state, waiting_because)
 
-    @_unary
+    @unary
     def EndExperiment(self, request: pb.EndExperimentRequest) -> pb.EndExperimentReply:
         identifier = check_experiment_id(request.experiment_id)
         status = wire.decode_end_status(request.status)
@@ -260,7 +203,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             waiting_because=wire.encode_text(self._services.jobs.waiting_because(request.repository)),
         )
 
-    @_unary
+    @unary
     def ResumeExperiment(self, request: pb.ResumeExperimentRequest) -> pb.ExperimentSummary:
         repository, reference = decode_target(request.target)
         resolution = self._services.experiments.resolve(repository, reference)
@@ -272,7 +215,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         )
         return wire.encode_summary(self._services.experiments.resolve(repository, reference).summary)
 
-    @_unary
+    @unary
     def JoinExperiment(self, request: pb.JoinExperimentRequest) -> pb.JoinExperimentReply:
         self._services.intake.join_experiment(
             check_repository(request.repository),
@@ -284,24 +227,24 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     # Reading
 
-    @_stream
+    @stream
     def ListExperiments(self, request: pb.ListExperimentsRequest) -> Iterator[pb.ExperimentSummary]:
         summaries = self._services.experiments.list_experiments(
             check_repository(request.repository), request.filters, request.sort, request.limit
         )
         yield from map(wire.encode_summary, summaries)
 
-    @_unary
+    @unary
     def Resolve(self, request: pb.Target) -> pb.Resolution:
         return encode_resolution(self._services.experiments.resolve(*decode_target(request)))
 
-    @_stream
+    @stream
     def ListCheckpoints(self, request: pb.Target) -> Iterator[pb.Checkpoint]:
         yield from map(
             wire.encode_checkpoint, self._services.experiments.checkpoints(*decode_target(request))
         )
 
-    @_stream
+    @stream
     def ListFiles(self, request: pb.ListFilesRequest) -> Iterator[pb.FileBatch]:
         tree = self._services.browser.open(*decode_target(request.target)).tree
         node = tree.find(request.path)
@@ -313,7 +256,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         for batch in _batches(found):
             yield pb.FileBatch(entries=map(wire.encode_file_entry, batch))
 
-    @_stream
+    @stream
     def ReadFile(self, request: pb.ReadFileRequest) -> Iterator[pb.FileData]:
         tree = self._services.browser.open(*decode_target(request.target)).tree
         node = tree.find(request.path)
@@ -328,7 +271,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             position += len(data)
             yield pb.FileData(data=data)
 
-    @_stream
+    @stream
     def DiffFiles(self, request: pb.DiffFilesRequest) -> Iterator[pb.FileChangeBatch]:
         left = self._services.browser.open(*decode_target(request.left)).tree
         right = self._services.browser.open(*decode_target(request.right)).tree
@@ -347,7 +290,7 @@ class _Servicer(pb_grpc.DaemonServicer):
         self, request: pb.CheckoutRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.CheckoutEvent]:
         """Not decorated: it has to notice that the client has gone, and stop."""
-        with self.activity, _errors_told(context, "Checkout"):
+        with answering(self, context, "Checkout"):
             yield from self._checkout(request, context.is_active)
 
     def _checkout(
@@ -375,7 +318,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             for files, size_bytes in done:
                 yield pb.CheckoutEvent(files_done=files, bytes_done=size_bytes)
 
-    @_unary
+    @unary
     def Mount(self, request: pb.MountRequest) -> pb.MountInfo:
         repository, reference = decode_target(request.target)
         directory = decode_directory(request.directory)
@@ -396,11 +339,11 @@ class _Servicer(pb_grpc.DaemonServicer):
         )
         return encode_mount(info)
 
-    @_unary
+    @unary
     def ListMounts(self, request: pb.ListMountsRequest) -> pb.MountList:
         return pb.MountList(mounts=map(encode_mount, self._services.mounts.list()))
 
-    @_unary
+    @unary
     def Unmount(self, request: pb.UnmountRequest) -> pb.MountList:
         which = request.WhichOneof("which")
         if which is None:
@@ -412,17 +355,17 @@ class _Servicer(pb_grpc.DaemonServicer):
         )
         return pb.MountList(mounts=map(encode_mount, ended))
 
-    @_unary
+    @unary
     def ProbeMounting(self, request: pb.ProbeMountingRequest) -> pb.ProbeMountingReply:
         return pb.ProbeMountingReply(engines=map(encode_engine, choosing.describe()))
 
     # The queue
 
-    @_unary
+    @unary
     def GetStatus(self, request: pb.GetStatusRequest) -> pb.StatusReply:
         return self._status()
 
-    @_unary
+    @unary
     def WaitStored(self, request: pb.WaitStoredRequest) -> pb.StatusReply:
         for identifier in request.ids:
             if not is_id(identifier):
@@ -458,6 +401,13 @@ class _Servicer(pb_grpc.DaemonServicer):
             waiting_because=wire.encode_text(progress.waiting_because),
             mounts=sum(not mount.error for mount in mounts),
             failed_mounts=sum(mount.is_given_up for mount in mounts),
+            repositories=encode_standings(
+                captured,
+                failed,
+                progress.active_ids,
+                services.standings.troubles(),
+                services.access.is_missing,
+            ),
             leased_files=services.held.count,
             leased_bytes=services.held.size_bytes,
             waiting_parts=[encode_waiting_part(job) for job in captured if job.waits_for],
@@ -473,7 +423,7 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     # Keeping house
 
-    @_unary
+    @unary
     def Remove(self, request: pb.RemoveRequest) -> pb.RemoveReply:
         repository = check_repository(request.repository)
         removal = self._services.removal
@@ -493,7 +443,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             ]
         )
 
-    @_unary
+    @unary
     def GetDiskUsage(self, request: pb.DiskUsageRequest) -> pb.DiskUsageReply:
         services = self._services
         repository = check_repository(request.repository)
@@ -501,7 +451,7 @@ class _Servicer(pb_grpc.DaemonServicer):
             measure(services.experiments, services.repositories, repository, request.ids)
         )
 
-    @_unary
+    @unary
     def ProbeRepository(self, request: pb.ProbeRequest) -> pb.ProbeReply:
         steps = probe_repository(self._services.repositories, check_repository(request.repository))
         return pb.ProbeReply(steps=map(encode_probe_step, steps))

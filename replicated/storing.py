@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Final
 
 from replicated.priority import set_priority
+from replicated.reaching import Access
 from replicated.snapshot import store_channel
 from replicated.snapshot.entries import unpack_root
 from replicated.snapshot.held import HeldFiles
@@ -66,9 +67,11 @@ class Storing:
     To be used by one thread, which has to live for as long: the process ends with it.
     """
 
-    def __init__(self, held: HeldFiles, cache: Path) -> None:
+    def __init__(self, held: HeldFiles, cache: Path, access: Access | None = None) -> None:
+        """`access` tells how buckets are reached."""
         self._held = held
         self._cache = cache
+        self._access = access or Access()
         self._process: _Process | None = None
 
     def ingest(
@@ -94,6 +97,7 @@ class Storing:
         while True:
             process = self._process or self._start(is_urgent=is_urgent())
             try:
+                process.tell_access(repository_url, self._access.environment(repository_url))
                 process.channel.send(
                     store_channel.INGEST,
                     repository_url,
@@ -178,6 +182,8 @@ class _Process:
 
     def __init__(self, flags_descriptor: int, cache: Path, *, is_urgent: bool) -> None:
         self._is_urgent = is_urgent
+        #: By repository, how its bucket is reached, as the process was told.
+        self._told: dict[str, Mapping[str, str]] = {}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel = Channel(ours)
         self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `end`)
@@ -209,6 +215,12 @@ class _Process:
         # So that one that has left does not stay a zombie until there is something to do again.
         self._reaper = threading.Thread(target=self._process.wait, name="store process", daemon=True)
         self._reaper.start()
+
+    def tell_access(self, url: str, environment: Mapping[str, str] | None) -> None:
+        """Let it reach the bucket of a repository like this; raises `ChannelClosed`."""
+        if environment is not None and self._told.get(url) != environment:
+            self.channel.send(store_channel.ACCESS, url, dict(environment))
+            self._told[url] = environment
 
     def adapt(self, *, is_urgent: bool) -> bool:
         """Give it the priority that fits; False when it is too slow and cannot be made faster."""

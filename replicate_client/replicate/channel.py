@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from replicate import access, notices
 from replicate.errors import (
     DaemonIncompatible,
     DaemonUnavailable,
@@ -145,7 +146,9 @@ class Channel:
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=reply_type.FromString,
             )
-            reply: _Reply = ask(request, timeout=timeout_s)
+            reply: _Reply
+            reply, answered = ask.with_call(request, timeout=timeout_s, metadata=_metadata(request))
+            _tell_warnings(answered)
             return reply
 
     def stream(self, method: str, request: Message, reply_type: type[_Reply]) -> Iterator[_Reply]:
@@ -155,13 +158,14 @@ class Channel:
                 f"{_SERVICE}/{method}",
                 request_serializer=type(request).SerializeToString,
                 response_deserializer=reply_type.FromString,
-            )(request)
+            )(request, metadata=_metadata(request))
         try:
             # Not touched once closed: it may then be the child of the process that made it.
             while self.is_open:
                 with self._errors_of(method):
                     reply = next(replies, None)
                 if reply is None:
+                    _tell_warnings(replies)
                     return
                 yield reply
             raise self._lost()
@@ -209,6 +213,24 @@ class Channel:
         if status is codes.UNIMPLEMENTED:
             return incompatible(f"it does not know {method}")
         return protocol_error(method, f"{status.name}: {details}")
+
+
+def _metadata(request: Message) -> tuple[tuple[str, bytes], ...]:
+    """What goes with a request that names a repository in a bucket; with others nothing."""
+    url = access.repository_of(request)
+    if access.scheme_of(url) is None:
+        return ()
+    try:
+        return ((access.METADATA_KEY, access.encode(url, access.collect(url))),)
+    except ValueError as error:
+        raise InvalidArgument(str(error), hint="unset those that are not needed to reach it") from None
+
+
+def _tell_warnings(answered: Any) -> None:
+    """Say what the daemon had to say of its answer, such as that it is not the newest."""
+    for key, value in answered.trailing_metadata() or ():
+        if key == wire.WARNING_METADATA_KEY:
+            notices.warn_once(value.decode(errors="replace"))
 
 
 _grpc: Any = None

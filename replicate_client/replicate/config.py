@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import unquote
 
+from replicate import access
 from replicate.errors import ConfigError
 from replicate.phrases import escape, is_text
 from replicate.sizes import parse_rate, parse_size
@@ -35,6 +36,8 @@ CONFIG_KEYS = (
     "upload_limit",
     "cache_size",
     "warn_above",
+    "s3",
+    "gs",
 )
 CAPTURE_MODES: tuple[CaptureMode, ...] = ("auto", "copy")
 #: The ways to freeze a file, first the one that is tried first, that can be insisted on.
@@ -45,6 +48,11 @@ DEFAULT_WARN_ABOVE = 10 * 10**9
 DEFAULT_CACHE_SIZE = 10 * 10**9
 DEFAULT_REPOSITORY = "file://.replicate"
 _SCHEMES = ("file://", "s3://", "gs://")
+_SECRET_WORDS = ("key", "secret", "token", "password", "credential")
+_NO_SECRETS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, or name a profile of"
+    " ~/.aws with `s3: {profile: NAME}`"
+)
 _YAML_TAG = "tag:yaml.org,2002:"
 _YAML_SCALARS = ("bool", "int", "float", "timestamp")
 
@@ -106,6 +114,8 @@ def find_project(
         url, origin = resolve_repository(settings.repository, project), "config"
     else:
         url, origin = resolve_repository(DEFAULT_REPOSITORY, project), "default"
+    scheme = access.scheme_of(url)
+    access.note_settings(url, settings.buckets.get(scheme, {}) if scheme else {})
     return ProjectConfig(
         directory=project,
         repository=url,
@@ -153,6 +163,10 @@ def resolve_repository(url: str, project: Path) -> str:
             hint="use file://relative, file:///absolute, s3://bucket/prefix or gs://bucket/prefix",
         )
     if not url.startswith("file://"):
+        scheme, _, rest = url.partition("://")
+        if "@" in rest.partition("/")[0]:
+            # Not shown: it is in logs soon enough.
+            raise ConfigError(f"the repository URL holds credentials: {scheme}://…", hint=_NO_SECRETS)
         return _checked_text(url.rstrip("/"))
     path = unquote(url[len("file://") :], errors="surrogateescape")
     if not path:
@@ -198,6 +212,8 @@ class _Settings:
     upload_limit: int = 0
     cache_size: int = DEFAULT_CACHE_SIZE
     warn_above: int = DEFAULT_WARN_ABOVE
+    #: How buckets are reached, as `access.SETTINGS` has it.
+    buckets: Mapping[access.Scheme, Mapping[str, str]] = field(default_factory=dict)
 
 
 def _config_in(directory: Path) -> Path | None:
@@ -249,6 +265,7 @@ def _read(file: Path) -> str:
 
 def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
     found: dict[str, tuple[int, object]] = {}
+    buckets: dict[access.Scheme, Mapping[str, str]] = {}
     for key_node, value_node in root.value:
         line = key_node.start_mark.line + 1
         key = _plain_value(key_node)
@@ -261,6 +278,8 @@ def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
             )
         if key in found:
             raise ConfigError(f"{file}:{line}: `{key}` is given twice")
+        if key in access.SETTINGS:
+            buckets["s3" if key == "s3" else "gs"] = _bucket_settings(file, str(key), value_node)
         value = _plain_value(value_node)
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, str) and not is_text(part):
@@ -279,7 +298,55 @@ def _interpret(file: Path, root: yaml.MappingNode) -> _Settings:
         warn_above=_size_or_off(
             file, found, "warn_above", DEFAULT_WARN_ABOVE, "with `warn_above: off` nothing is warned of"
         ),
+        buckets=buckets,
     )
+
+
+def _bucket_settings(file: Path, section: str, node: yaml.Node) -> Mapping[str, str]:
+    """How the buckets of one provider are reached; secrets are refused."""
+    import yaml
+
+    known = tuple(access.SETTINGS["s3" if section == "s3" else "gs"])
+    if _plain_value(node) is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(
+            f"{file}:{node.start_mark.line + 1}: `{section}` must hold `key: value` lines",
+            hint=f"the keys are {', '.join(known)}; for example {section}: {{{known[0]}: …}}",
+        )
+    settings: dict[str, str] = {}
+    for key_node, value_node in node.value:
+        where, key = f"{file}:{key_node.start_mark.line + 1}", escape(str(_plain_value(key_node)))
+        if any(word in key.lower() for word in _SECRET_WORDS):
+            raise ConfigError(
+                f"{where}: `{section}.{key}`: credentials are not read from {file.name},"
+                " which is saved and shared with the code",
+                hint=_NO_SECRETS,
+            )
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{where}: unknown key `{section}.{key}`",
+                hint=f"did you mean `{near[0]}`? The keys of `{section}` are {', '.join(known)}",
+                fields={"file": str(file), "line": where.rpartition(":")[2], "key": f"{section}.{key}"},
+            )
+        if key in settings:
+            raise ConfigError(f"{where}: `{section}.{key}` is given twice")
+        value = _plain_value(value_node)
+        text = value.number if isinstance(value, _Other) else value
+        if not isinstance(text, str) or not text or not is_text(text):
+            raise ConfigError(f"{where}: `{section}.{key}` must be a text, not {value!r}")
+        if key == "endpoint":
+            _check_endpoint(f"{where}: `{section}.{key}`", text)
+        settings[key] = text
+    return settings
+
+
+def _check_endpoint(where: str, text: str) -> None:
+    if not text.startswith(("http://", "https://")):
+        raise ConfigError(f"{where} must be an http:// or https:// URL, not {text!r}")
+    if "@" in text.split("/")[2]:
+        raise ConfigError(f"{where} holds credentials", hint=_NO_SECRETS)
 
 
 def _plain_value(node: yaml.Node) -> object:

@@ -80,6 +80,23 @@ class WaitingPart:
 
 
 @dataclass(frozen=True, slots=True)
+class RepositoryStanding:
+    """How it stands with the queue of one repository."""
+
+    repository: str
+    pending: int
+    active: int
+    bytes_pending: int
+    #: Why nothing moves, and since when; empty and None: it does.
+    waiting_because: str
+    waiting_since: datetime | None
+    #: What to do about it, if that is known.
+    hint: str
+    #: When it is tried again; None: it is being tried, or there is nothing to try.
+    retry_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonStatus:
     """The daemon and its queue at one moment."""
 
@@ -106,6 +123,8 @@ class DaemonStatus:
     leased_bytes: int
     #: Checkpoints of several processes of which this machine has stored its part.
     waiting_parts: tuple[WaitingPart, ...] = ()
+    #: Those in which something waits or failed, or that were out of reach when they were asked last.
+    repositories: tuple[RepositoryStanding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +279,13 @@ def checkout(
         )
 
 
-def status() -> DaemonStatus:
-    """The daemon, what it has still to store, and what failed. (`connection.probe` starts no daemon.)"""
-    return _decode_status(connection.call("GetStatus", pb.GetStatusRequest(), pb.StatusReply))
+def status(repository: str = "") -> DaemonStatus:
+    """The daemon, what it has still to store, and what failed. (`connection.probe` starts no daemon.)
+
+    It is all repositories'; that of `repository` is reached from now on as this process would.
+    """
+    request = pb.GetStatusRequest(repository=repository)
+    return _decode_status(connection.call("GetStatus", request, pb.StatusReply))
 
 
 def check_timeout(timeout_s: object) -> None:
@@ -277,12 +300,13 @@ def wait_stored(
     ids: Iterable[str] = (),
     timeout_s: float | None = None,
     on_progress: Callable[[DaemonStatus], None] | None = None,
+    repository: str = "",
 ) -> DaemonStatus:
     """Wait until the snapshots with these complete ids are stored or failed; without ids, all of them.
 
     An experiment's id stands for its own files and its checkpoints. `on_progress` is called about every
-    second with the status then; it counts only what is waited for. Raises `TimeoutError` after
-    `timeout_s`; what failed is in the `failures` of the result and raises nothing here.
+    second with the status then; it counts only what is waited for. `repository` as for `status`. Raises
+    `TimeoutError` after `timeout_s`; what failed is in the `failures` of the result and raises nothing here.
     """
     wanted = tuple(ids)
     check_timeout(timeout_s)
@@ -290,7 +314,7 @@ def wait_stored(
     while True:
         left_s = _WAIT_SLICE_S if deadline is None else max(0.0, deadline - time.monotonic())
         slice_s = min(_WAIT_SLICE_S, left_s)
-        request = pb.WaitStoredRequest(ids=wanted, timeout_s=slice_s)
+        request = pb.WaitStoredRequest(ids=wanted, timeout_s=slice_s, repository=repository)
         reply = _decode_status(connection.call("WaitStored", request, pb.StatusReply))
         if on_progress is not None:
             on_progress(reply)
@@ -385,6 +409,21 @@ def _decode_status(message: pb.StatusReply) -> DaemonStatus:
         waiting_parts=tuple(
             WaitingPart(part.id, part.experiment_id, part.waits_for) for part in message.waiting_parts
         ),
+        repositories=tuple(map(_decode_standing, message.repositories)),
+    )
+
+
+def _decode_standing(message: pb.RepositoryStanding) -> RepositoryStanding:
+    since_ns, retry_at_ns = message.waiting_since_ns, message.retry_at_ns
+    return RepositoryStanding(
+        repository=message.repository,
+        pending=message.pending,
+        active=message.active,
+        bytes_pending=message.bytes_pending,
+        waiting_because=message.waiting_because,
+        waiting_since=wire.decode_time(since_ns) if since_ns else None,
+        hint=message.hint,
+        retry_at=wire.decode_time(retry_at_ns) if retry_at_ns else None,
     )
 
 

@@ -41,6 +41,8 @@ from replicate.records import (
 PROTOCOL_VERSION = 1
 #: Trailing metadata of a failed call; the suffix tells gRPC that it is binary.
 ERROR_METADATA_KEY = "replicate-error-bin"
+#: Trailing metadata of an answer that is not all that was asked for: a sentence, in UTF-8.
+WARNING_METADATA_KEY = "replicate-warning-bin"
 #: The daemon refuses larger requests; params and metrics are limited well below this.
 MAX_REQUEST_BYTES = 4 << 20
 #: The client refuses larger answers; long lists are streams and files never travel in one message.

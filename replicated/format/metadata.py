@@ -75,13 +75,24 @@ Edit: TypeAlias = EndEdit | ResumeEdit
 
 
 @dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """A sign of life of a running experiment."""
+class LiveRun:
+    """A run that lives, as its daemon says."""
 
-    experiment_id: ExperimentId
+    id: ExperimentId
+    process: ProcessIdentity | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A sign of life of all runs that one daemon watches."""
+
+    #: Its id, which names the object.
+    daemon: str
     time: datetime
     host: str
-    process: ProcessIdentity | None = None
+    #: How soon it is replaced.
+    period_s: int
+    experiments: tuple[LiveRun, ...] = ()
 
 
 # Experiments
@@ -207,14 +218,17 @@ def decode_edit(data: bytes) -> Edit | None:
 
 
 def encode_heartbeat(heartbeat: Heartbeat) -> bytes:
-    """`heartbeats/<experiment id>.json`."""
+    """`heartbeats/<daemon id>.json`."""
     return dump_json(
         {
             "format": RECORD_VERSION,
-            "experiment_id": heartbeat.experiment_id,
+            "daemon": heartbeat.daemon,
             "time": format_time(heartbeat.time),
             "host": heartbeat.host,
-            "process": _encode_process(heartbeat.process),
+            "period_s": heartbeat.period_s,
+            "experiments": [
+                {"id": run.id, "process": _encode_process(run.process)} for run in heartbeat.experiments
+            ],
         }
     )
 
@@ -223,10 +237,20 @@ def decode_heartbeat(data: bytes) -> Heartbeat:
     """What `encode_heartbeat` wrote."""
     members = _check_version(Members(load_json(data)))
     return Heartbeat(
-        experiment_id=ExperimentId(members.id("experiment_id")),
+        daemon=members.id("daemon"),
         time=members.time("time"),
         host=members.get("host", str, ""),
-        process=_decode_optional(members.optional("process"), _decode_process),
+        period_s=members.natural("period_s"),
+        experiments=tuple(_decode_live_run(run) for run in members.get("experiments", list, [])),
+    )
+
+
+def _decode_live_run(value: object) -> LiveRun:
+    if not isinstance(value, dict):
+        raise Malformed("a member of 'experiments' is not an object")
+    members = Members(value)
+    return LiveRun(
+        ExperimentId(members.id("id")), _decode_optional(members.optional("process"), _decode_process)
     )
 
 

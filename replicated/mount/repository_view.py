@@ -20,7 +20,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from blake3 import blake3
 
@@ -38,8 +38,14 @@ from replicated.mount.reading.open_files import Reader
 from replicated.repository import Repository
 from replicated.tree import Tree, open_tree
 
+if TYPE_CHECKING:
+    from replicated.live_runs import LiveRuns
+
 #: How old a listing may be, and what the catalog holds: looking up a path asks for several in a row.
 FRESH_S: Final = 1.0
+
+#: How old it may be which runs of other machines live.
+LIVE_FRESH_S: Final = 10.0
 
 #: Extended attributes of directories. Of experiments, `code` and checkpoints:
 ID_ATTRIBUTE: Final = b"user.replicate.id"
@@ -117,6 +123,8 @@ class RepositoryView:
         self._refreshed_at = -FRESH_S
         # The experiments for which that was done by themselves since.
         self._refreshed: set[str] = set()
+        #: Which runs of other machines live; replaced as a whole.
+        self._live_runs: LiveRuns | None = None
         self.root: Node = _folder(b"", _Folder("root"), 0)
         # Any tree of the repository reads the nodes of every other; how long a directory may be is the matter
         # of those who number it.
@@ -259,8 +267,11 @@ class RepositoryView:
     def _status(self, entry: CatalogEntry) -> str:
         # Imported here: only who asks for this attribute needs it.
         from replicated.experiments import recorded_status
+        from replicated.live_runs import LiveRuns
 
-        return recorded_status(entry, self._repository)[0]
+        if self._live_runs is None:
+            self._live_runs = LiveRuns(self._repository, LIVE_FRESH_S)
+        return recorded_status(entry, self._live_runs)[0]
 
     def _document(self, node: Node) -> bytes:
         """The bytes of a record, made again from the catalog."""

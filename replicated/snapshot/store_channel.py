@@ -21,6 +21,8 @@ from replicated.format.manifest import RootNode
 
 #: From the daemon: [url, experiment, snapshot, entries, spool directory, bytes a second].
 INGEST: Final = "ingest"
+#: From the daemon: [url, {name: value}], before an ingest: the variables with which a bucket is reached.
+ACCESS: Final = "access"
 #: From the daemon: what is running is not wanted any more; answered like an ingest.
 ABORT: Final = "abort"
 #: From the daemon: [slot or None], with a descriptor; or one of the failures.

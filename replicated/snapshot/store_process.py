@@ -29,6 +29,7 @@ from typing import Any, Final, NamedTuple
 
 from replicate.ids import SnapshotId
 from replicated.heap import keep_memory
+from replicated.reaching import Access
 from replicated.repositories import OpenRepositories
 from replicated.snapshot import store_channel
 from replicated.snapshot.entries import pack_root, read_entries
@@ -39,6 +40,7 @@ from replicated.snapshot.spool import Spool
 from replicated.snapshot.store_channel import Channel, ChannelClosed, Message, StoredTree
 from replicated.snapshot.treecache import TreeCache
 from replicated.store.limited import LimitedStore, UploadInterrupted, UploadLimit
+from replicated.store.retrying import WORKER_PATIENCE_S
 
 #: Without work for so long it leaves, and its memory with it.
 IDLE_EXIT_S: Final = 60.0
@@ -103,7 +105,13 @@ class _StoreProcess:
         self._cache = cache
         self._idle_exit_s = idle_exit_s
         self._limit = UploadLimit()
-        self._repositories = OpenRepositories(cache, wrap=lambda store: LimitedStore(store, self._limit))
+        self._access = Access()
+        self._repositories = OpenRepositories(
+            cache,
+            wrap=lambda store: LimitedStore(store, self._limit),
+            access=self._access,
+            store_patience_s=WORKER_PATIENCE_S,
+        )
         self._caches: _Caches | None = None
         #: Filled by the thread that receives.
         self._requests: SimpleQueue[Message] = SimpleQueue()
@@ -130,6 +138,8 @@ class _StoreProcess:
                     self._is_aborted.clear()
                     self._limit.set(message.values[-1])
                     self._requests.put(message)
+                elif message.kind == store_channel.ACCESS:
+                    self._access.note(*message.values)
                 elif message.kind == store_channel.ABORT:
                     self._is_aborted.set()
                     self._limit.interrupt()

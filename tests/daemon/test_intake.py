@@ -46,7 +46,6 @@ def intake(tmp_path, journal):
         Admission(journal, ignore, lambda _: ""),
         wake=ignore,
         watch=ignore,
-        watch_exit=ignore,
         forget=ignore,
     )
     capturer.stop()

@@ -155,14 +155,15 @@ def test_an_exit_status_other_than_zero_is_a_failure(project, wait_until, code, 
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])
-def test_the_end_of_a_run_is_recorded(project, status):
+def test_the_end_of_a_run_is_recorded(project, status, wait_until):
     experiment = project.init()
     project.flush()
     project.end(experiment, status)
     assert project.list()[0].status == status
     project.flush()
     assert project.list()[0].status == status
-    assert not list((project.directory / ".replicate" / "heartbeats").glob("*"))
+    heartbeats = project.directory / ".replicate" / "heartbeats"
+    wait_until(lambda: not list(heartbeats.glob("*")), "the sign of life is taken away")
 
 
 def test_a_pid_that_was_reused_is_not_the_process(project, wait_until):

@@ -26,6 +26,7 @@ from replicated.format.manifest import RootNode
 from replicated.format.metadata import (
     EndEdit,
     Heartbeat,
+    LiveRun,
     ResumeEdit,
     Snapshot,
     decode_checkpoint,
@@ -41,6 +42,7 @@ from replicated.format.metadata import (
 )
 from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
 
+DAEMON_ID = "d" * 64
 EXPERIMENT_ID = ExperimentId("ab" * 32)
 CHECKPOINT_ID = CheckpointId("cd" * 32)
 TIME = datetime(2026, 11, 23, 5, 30, 0, 123456, tzinfo=timezone.utc)
@@ -229,11 +231,15 @@ def test_unknown_edit_is_passed_over() -> None:
 
 
 def test_heartbeat_survives_and_has_no_seal() -> None:
-    for heartbeat in (Heartbeat(EXPERIMENT_ID, TIME, "here", PROCESS), Heartbeat(EXPERIMENT_ID, TIME, "")):
+    runs = (LiveRun(EXPERIMENT_ID, PROCESS), LiveRun(EXPERIMENT_ID))
+    for heartbeat in (Heartbeat(DAEMON_ID, TIME, "here", 60, runs), Heartbeat(DAEMON_ID, TIME, "", 10)):
         data = encode_heartbeat(heartbeat)
         assert decode_heartbeat(data) == heartbeat
         assert "blake3" not in json.loads(data)
-    for damaged in (b"", b"{}", b"[]", data[:-5]):
+    members = json.loads(data)
+    nameless = json.dumps({**members, "experiments": [{}]}).encode()
+    timeless = json.dumps({**members, "period_s": -1}).encode()
+    for damaged in (b"", b"{}", b"[]", data[:-5], nameless, timeless):
         with pytest.raises(Malformed):
             decode_heartbeat(damaged)
 

@@ -19,7 +19,7 @@ from replicate.ids import CheckpointId, ExperimentId, SnapshotId, new_id
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.chunk.codec import RAW, hash_chunk
 from replicated.format.canonical import seal, unseal
-from replicated.format.metadata import EndEdit, Heartbeat, ResumeEdit, Snapshot
+from replicated.format.metadata import EndEdit, Heartbeat, LiveRun, ResumeEdit, Snapshot
 from replicated.keys import snapshot_of
 from replicated.references import iter_chunks
 from replicated.repository import Repository
@@ -139,17 +139,20 @@ def test_edits_come_oldest_first_and_unknown_ones_are_passed_over(repository: Re
     assert repository.load_edit(experiment.id, unknown) is None
 
 
-def test_heartbeat_is_the_latest_or_none(repository: Repository) -> None:
-    experiment = new_experiment()
-    assert repository.load_heartbeat(experiment.id) is None
-    for second in range(3):
-        heartbeat = Heartbeat(experiment.id, TIME + timedelta(seconds=second), "here")
+def test_heartbeats_are_the_latest_of_each_daemon_that_can_be_read(repository: Repository) -> None:
+    assert repository.list_heartbeats(60) == []
+    runs = (LiveRun(new_experiment().id), LiveRun(new_experiment().id))
+    first, second = new_id(), new_id()
+    for number in range(3):
+        heartbeat = Heartbeat(first, TIME + timedelta(seconds=number), "here", 10, runs)
         repository.put_heartbeat(heartbeat)
-    assert repository.load_heartbeat(experiment.id) == heartbeat
-    repository.store.replace(f"heartbeats/{experiment.id}.json", b"half of")
-    assert repository.load_heartbeat(experiment.id) is None
-    repository.delete_heartbeat(experiment.id)
-    repository.delete_heartbeat(experiment.id)
+    repository.put_heartbeat(Heartbeat(second, TIME, "there", 60))
+    found = {beat.daemon: beat for beat, _ in repository.list_heartbeats(60)}
+    assert found == {first: heartbeat, second: Heartbeat(second, TIME, "there", 60)}
+    repository.store.replace(f"heartbeats/{first}.json", b"half of")
+    assert [beat.daemon for beat, _ in repository.list_heartbeats(60)] == [second]
+    for daemon in (first, second, second):
+        repository.delete_heartbeat(daemon)
     assert keys(repository) == {"repository.json"}
 
 
@@ -231,7 +234,6 @@ def test_deleted_checkpoint_and_experiment_leave_no_record(repository: Repositor
     for checkpoint in checkpoints:
         repository.put_checkpoint(checkpoint, snapshot.root)
     repository.put_edit(experiment.id, new_id(), EndEdit("stopped", TIME))
-    repository.put_heartbeat(Heartbeat(experiment.id, TIME, "here"))
     for _ in range(2):
         repository.delete_checkpoint(experiment.id, checkpoints[0].id)
     assert set(repository.list_checkpoint_ids(experiment.id)) == {c.id for c in checkpoints[1:]}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO
 
@@ -21,6 +22,7 @@ from replicated.mount.life.mountinfo import find_mounted
 from replicated.mount.life.registry import Registration
 from replicated.mount.life.unmounting import clear_remains, detach_dead
 from replicated.mount.process import READY, Start
+from replicated.reaching import process_environment
 
 _COMMAND = (sys.executable, "-m", "replicated", "mount-process")
 #: Opening a repository far away may take a while; longer than this nobody waits.
@@ -70,8 +72,10 @@ def make_place(home: Home, repository: str, target: bytes) -> bool:
     return False
 
 
-def launch(home: Home, registration: Registration) -> int:
+def launch(home: Home, registration: Registration, variables: Mapping[str, str] | None = None) -> int:
     """Run a mount process until its mount can be used; its pid, to be waited for by the caller.
+
+    It reaches a bucket with `variables`; None: with those of this process.
 
     Raises `MountFailed` with the reason that it gave, and leaves nothing mounted.
     """
@@ -90,6 +94,8 @@ def launch(home: Home, registration: Registration) -> int:
             stdout=subprocess.PIPE,
             stderr=complaints,
             cwd="/",
+            # Not with its order, which is written down.
+            env=process_environment(variables),
             # The signals of a terminal and the end of the daemon are not for it.
             start_new_session=True,
         )

@@ -35,6 +35,7 @@ from replicated.mount.life.registry import (
 from replicated.mount.life.unmounting import clear_remains, detach_dead, unmount
 from replicated.mount.options import MountOptions
 from replicated.processes import current_boot_id, is_alive
+from replicated.reaching import Access
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,8 +46,10 @@ _CLAIM_PATIENCE_S = 90.0
 class MountTable:
     """The mounts of one home."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, access: Access | None = None) -> None:
+        """`access` tells how the buckets of what is mounted are reached."""
         self._home = home
+        self._access = access or Access()
         # Guards what follows; a leaf; never held while a process is waited for.
         self._changed = threading.Condition()
         self._claimed: set[bytes] = set()
@@ -255,7 +258,8 @@ class MountTable:
 
     def _launch(self, registration: Registration) -> Registration:
         """Start a mount process; what it registered."""
-        pid = launch(self._home, registration)
+        variables = self._access.environment(registration.order.repository)
+        pid = launch(self._home, registration, variables)
         with self._changed:
             self._children.add(pid)
             self._troubles.pop(registration.name, None)

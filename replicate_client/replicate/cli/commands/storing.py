@@ -41,7 +41,7 @@ def status(session: Session, as_json: bool) -> None:
     from replicate import query
 
     console = session.console
-    now = query.status()
+    now = query.status(_bucket(session))
     if as_json:
         console.write_json(status_json(now))
     else:
@@ -87,7 +87,7 @@ def flush(session: Session, reference: str | None, timeout_s: float | None, as_j
             progress.show(f"Storing: {describe_queue(now)}{held_up}")
 
         try:
-            end = query.wait_stored(ids, timeout_s, show)
+            end = query.wait_stored(ids, timeout_s, show, _bucket(session))
         except TimeoutError:
             left = f": {describe_queue(last)}" if last else ""
             if last and last.waiting_parts:
@@ -155,6 +155,20 @@ def du(session: Session, references: tuple[str, ...], as_json: bool) -> None:
         console.fail(f"{plural(more, 'more snapshot')} left out", hint="`replicate du --json` names them all")
     if report.unreadable:
         raise Exit(1)
+
+
+def _bucket(session: Session) -> str:
+    """The project's repository if it is in a bucket: how that is reached then goes with the call.
+
+    The commands are not about a project, and work where there is none, or one whose file is wrong.
+    """
+    from replicate.access import scheme_of
+
+    try:
+        repository = session.project.repository
+    except ReplicateError:
+        return ""
+    return repository if scheme_of(repository) is not None else ""
 
 
 def _find_id(session: Session, reference: str) -> str:

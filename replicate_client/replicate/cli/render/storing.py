@@ -15,7 +15,7 @@ from replicate.phrases import escape, format_size, plural
 from replicate.records import paths_argument
 
 if TYPE_CHECKING:
-    from replicate.query import DaemonStatus, Failure
+    from replicate.query import DaemonStatus, Failure, RepositoryStanding
     from replicate.usage import DiskUsage, DiskUsageReport, UnreadableSnapshot
 
 
@@ -23,16 +23,21 @@ def render_status(status: DaemonStatus, view: View) -> str:
     """The daemon, its queue, and what failed with what to do about it."""
     daemon = status.daemon
     started = format_age(daemon.started, view.now, view.zone)
+    held_up = [standing for standing in status.repositories if standing.waiting_because]
     fields = [
         ("Daemon", f"running (pid {daemon.pid}, version {escape(daemon.version)}, started {started})"),
         ("Queue", describe_queue(status)),
         ("Storing", _describe_active(status)),
-        ("Held up", view.paint(escape(status.waiting_because), "yellow")),
+        # Where it is known which repository it is, that is said below.
+        ("Held up", "" if held_up else view.paint(escape(status.waiting_because), "yellow")),
         ("Spool", format_size(status.spool_bytes)),
         ("Leased", _describe_leased(status)),
         ("Mounts", _describe_mounts(status, view)),
     ]
     text = render_fields(fields)
+    if held_up:
+        body = "".join(_render_standing(standing, view) for standing in held_up)
+        text += render_section("Held up", body, view)
     if status.waiting_parts:
         waits = [
             f"{view.paint(short(part.id), 'cyan')}  {escape(part.waits_for)}" for part in status.waiting_parts
@@ -41,6 +46,26 @@ def render_status(status: DaemonStatus, view: View) -> str:
     if status.failures:
         text += render_section("Failed", render_failures(status.failures, view), view)
     return text
+
+
+def _render_standing(standing: RepositoryStanding, view: View) -> str:
+    """Since when and why nothing moves, how much waits, and when it is tried again."""
+    waiting = standing.pending + standing.active
+    parts = []
+    if standing.waiting_since is not None:
+        parts.append(f"since {format_age(standing.waiting_since, view.now, view.zone)}")
+    parts.append(f"{plural(waiting, 'item')} ({format_size(standing.bytes_pending)}) to store")
+    if standing.retry_at is not None and standing.retry_at > view.now:
+        parts.append(f"tried again in {format_duration((standing.retry_at - view.now).total_seconds())}")
+    elif waiting:
+        parts.append("being tried now")
+    lines = [
+        f"{view.paint(escape(standing.repository), 'cyan')}  {', '.join(parts)}",
+        f"    {view.paint(escape(standing.waiting_because), 'yellow')}",
+    ]
+    if standing.hint:
+        lines.append(f"    {escape(standing.hint)}")
+    return "\n".join(lines) + "\n"
 
 
 def render_failures(failures: Sequence[Failure], view: View) -> str:
@@ -97,6 +122,7 @@ def status_json(status: DaemonStatus) -> dict[str, Json]:
         if status.active_id
         else None,
         "waiting_because": status.waiting_because or None,
+        "repositories": [_standing_json(standing) for standing in status.repositories],
         "spool_bytes": status.spool_bytes,
         "leased": {"files": status.leased_files, "bytes": status.leased_bytes},
         "mounts": status.mounts,
@@ -170,6 +196,19 @@ def _describe_leased(status: DaemonStatus) -> str:
     if not status.leased_files:
         return ""
     return f"{plural(status.leased_files, 'file')} ({format_size(status.leased_bytes)}) where they are"
+
+
+def _standing_json(standing: RepositoryStanding) -> dict[str, Json]:
+    return {
+        "repository": standing.repository,
+        "pending": standing.pending,
+        "active": standing.active,
+        "bytes_pending": standing.bytes_pending,
+        "waiting_because": standing.waiting_because or None,
+        "waiting_since": time_json(standing.waiting_since),
+        "retry_at": time_json(standing.retry_at),
+        "hint": standing.hint or None,
+    }
 
 
 def _failure_json(failure: Failure) -> dict[str, Json]:

@@ -126,7 +126,10 @@ class Store(Protocol):
         ...
 
     def delete(self, *keys: str) -> None:
-        """Remove objects, in this order; durable when it returns. Keys that are not there are fine."""
+        """Remove objects, in this order; durable when it returns. Keys that are not there are fine.
+
+        Where requests are costly, many go in one, and then only the last is sure to go after all others.
+        """
         ...
 
     def exists(self, key: str) -> bool:

@@ -18,8 +18,8 @@ from replicated.store.base import Buffer, Capabilities, ObjectInfo, Store, Store
 
 #: Somebody looks at a prompt: what does not answer in this time is said to be away.
 USER_PATIENCE_S: Final = 10.0
-#: Work behind the scenes outlasts a restart of the server, and then says what it waits for.
-WORKER_PATIENCE_S: Final = 300.0
+#: Work behind the scenes outlasts a restart of the server; then `status` says what it waits for.
+WORKER_PATIENCE_S: Final = 60.0
 
 # The longest pause before the second try, and before any; longer where fewer requests were asked for.
 _FIRST_PAUSE_S: Final = 0.1

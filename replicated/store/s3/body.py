@@ -28,6 +28,7 @@ class Body:
         """`parts` are borrowed until the object is stored."""
         self._parts = [memoryview(part).cast("B") for part in parts if len(part)]
         self.size = sum(part.nbytes for part in self._parts)
+        self._crc32 = ""
         self._at = 0
         # The part that is read next, and what of it was read.
         self._part = self._done = 0
@@ -69,10 +70,12 @@ class Body:
 
     def crc32(self) -> str:
         """Its CRC-32, as S3 writes it."""
-        value = 0
-        for part in self._parts:
-            value = zlib.crc32(part, value)
-        return base64.b64encode(value.to_bytes(4, "big")).decode()
+        if not self._crc32:
+            value = 0
+            for part in self._parts:
+                value = zlib.crc32(part, value)
+            self._crc32 = base64.b64encode(value.to_bytes(4, "big")).decode()
+        return self._crc32
 
     def md5(self) -> str:
         """Its MD5 in hex, which is what the tag of an object usually is."""

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from replicate.errors import NotFound, ReplicateError, RepositoryDamaged, RepositoryUnreachable
 from replicate.ids import ExperimentId, short
@@ -61,8 +61,7 @@ class Situation:
     since: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """`wait`: look again later; `alone`: it is rank 0's own; `fail`: it is given up."""
 
     kind: Literal["wait", "alone", "fail"]

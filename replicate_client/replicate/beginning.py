@@ -7,16 +7,24 @@ gets in what users hold. Unlike a `Run` it raises whatever is wrong, because not
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from replicate import connection, ending, notices, ranks
+from replicate import connection, ending, notices, query, ranks
 from replicate._version import __version__
 from replicate.capturing import chosen_rung, decode_state, encode_capture, error_for_users, tell_reply
 from replicate.config import ProjectConfig
 from replicate.delivery import deliver
 from replicate.environment import collect, identify_process
-from replicate.errors import CaptureFailed, InvalidArgument, NotFound, PathMissing, RepositoryMissing
+from replicate.errors import (
+    CaptureFailed,
+    InvalidArgument,
+    NotFound,
+    PathMissing,
+    ReplicateError,
+    RepositoryMissing,
+)
 from replicate.ids import ExperimentId, is_id, new_id, short
 from replicate.lazy import LazyModule
 from replicate.phrases import format_size, plural
@@ -160,7 +168,13 @@ def join_as_rank(
         process=process,
     )
     run = Run(
-        project, experiment_id, ignore=patterns, ends_with_process=True, quiet=quiet, member_id=member_id
+        project,
+        experiment_id,
+        ignore=patterns,
+        ends_with_process=True,
+        quiet=quiet,
+        member_id=member_id,
+        recorded_before=_count_recorded(project, experiment_id),
     )
     ending.remember(run)
     return run, ExperimentSummary(record, status="running", state="captured")
@@ -212,6 +226,22 @@ def _find_experiment_of_job(
     return found
 
 
+def _count_recorded(project: ProjectConfig, experiment_id: ExperimentId) -> Counter[int | None] | None:
+    """How many checkpoints an experiment has, by step and in all, where a new start of a job must know that.
+
+    Only where neither the launcher nor torch's store tells starts of a job from each other.
+    """
+    place = ranks.detect()
+    if place is None or not ranks.is_start_unknown():
+        return None
+    try:
+        found = query.list_checkpoints(project.repository, experiment_id)
+    except ReplicateError:
+        return None  # there is none yet, as far as this machine knows
+    shared = [one for one in found if one.paths or one.world_size > 1]
+    return Counter([*(one.step for one in shared), *[None] * len(shared)])
+
+
 def _exists(project: ProjectConfig, experiment_id: ExperimentId) -> bool:
     try:
         _find(project, experiment_id)
@@ -248,6 +278,8 @@ def _make_run(
         ignore=ignore,
         ends_with_process=ends_with_process,
         quiet=quiet,
+        # One that has just begun has no checkpoints.
+        recorded_before=_count_recorded(project, summary.record.id) if summary.checkpoint_count else None,
     )
     if ends_with_process:
         ending.remember(run)

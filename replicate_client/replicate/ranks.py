@@ -176,6 +176,11 @@ def shared_checkpoint(
     return CheckpointId(_hash("checkpoint", experiment_id, attempt, which, str(number)))
 
 
+def is_start_unknown() -> bool:
+    """Whether nothing tells this start of the job from others."""
+    return not attempt_of() and _torch_store() is None
+
+
 def check_place(rank: object, world_size: object) -> Place | None:
     """The place that was handed in, else the one that is detected; None for a process alone.
 

@@ -78,6 +78,7 @@ class Run:
         ends_with_process: bool = False,
         quiet: bool = False,
         member_id: str = "",
+        recorded_before: Counter[int | None] | None = None,
     ) -> None:
         self.project = project
         self.experiment_id = experiment_id
@@ -96,6 +97,8 @@ class Run:
         self._attempt: str | None = None
         #: How many checkpoints were made together with other ranks, by the step that was given.
         self._shared_checkpoints: Counter[int | None] = Counter()
+        #: How many there were before, by step and in all (None), in earlier starts of the same job.
+        self._recorded_before: Counter[int | None] = recorded_before or Counter()
         self._is_exiting = False
         self._ignore = ignore
         self._next_step = next_step
@@ -246,6 +249,9 @@ class Run:
         with _lock:
             number = self._shared_checkpoints[step]
             self._shared_checkpoints[step] += 1
+        if not self._attempt:
+            # Nothing else tells the checkpoints of this start from those of earlier ones.
+            number += self._recorded_before[step]
         part = Part(
             place.rank,
             place.world_size,

@@ -26,6 +26,7 @@ MAX_REGIONS = 65536
 SEAL = re.compile(rb',\n "blake3": "([0-9a-f]{64})"\n\}\n')
 SEAL_LENGTH = 82
 ID = re.compile(r"[0-9a-f]{64}")
+LEVELLED_NAME = re.compile(r"[0-9a-f]{2}-[0-9a-f]{64}")
 
 INDEX_HEADER = struct.Struct("<8sB3sI")  # magic, version, zeros, number of sections
 SECTION = struct.Struct("<32sIII")  # pack, kind and number of bases, size of the pack, number of records
@@ -124,9 +125,15 @@ class Repository:
         features = read_sealed(self.root / "repository.json")["features"]
         require(features == [], f"the repository needs the features {features}")
         self.chunks = {}
-        for path in sorted(self.root.glob("log/index/*")):
+        condemned = set()
+        for path in self.root.glob("log/condemned/*"):
             if ID.fullmatch(path.name):
+                condemned.update(read_sealed(path)["packs"])
+        for path in sorted(self.root.glob("log/index/*")):
+            if LEVELLED_NAME.fullmatch(path.name):
                 for chunk, place in read_index(path):
+                    if place[0] in condemned:
+                        continue
                     # Rather where it has no base: two chunks may each be a difference to the other somewhere.
                     if chunk not in self.chunks or place[-1] != DELTA:
                         self.chunks[chunk] = place

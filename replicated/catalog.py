@@ -4,8 +4,8 @@ A cache of the records in the repository: brought up to date by comparing names 
 once, so a known name need not be read again), deleted and made anew when it is damaged. It knows
 nothing of what is still in the journal or of what runs: `experiments` puts that on top.
 
-Thread-safe: one lock guards the database and is held for a query or a transaction, another one lets one
-refresh go on at a time and is held while the repository is read; who has the second may take the first.
+Thread-safe: one lock lets one refresh go on at a time and is held while the repository is read; who has it
+may take that of the tables.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from blake3 import blake3
 
@@ -30,20 +30,25 @@ from replicate.records import (
     EndStatus,
     ExperimentRecord,
     SnapshotState,
-    best_checkpoint,
-    latest_checkpoint,
-    parse_time,
 )
-from replicated.catalog_file import catalog_unusable, open_catalog_file, remove_catalog_file
-from replicated.format.metadata import EndEdit
-from replicated.keys import snapshot_of
+from replicated.catalog_file import catalog_unusable
+from replicated.catalog_news import KeptNews
+from replicated.catalog_rows import (
+    CheckpointRow,
+    EditRow,
+    ExperimentRow,
+    checkpoint_row,
+    damaged_checkpoint,
+    damaged_experiment,
+    edit_row,
+    experiment_row,
+)
+from replicated.catalog_tables import Tables, batches, decode_checkpoint
+from replicated.record_log import RecordLog
 from replicated.repository import Repository
 
 _log = logging.getLogger(__name__)
-_UNREADABLE_CREATED = "1970-01-01T00:00:00.000000Z"
 
-#: Records that are read before they are written into the database, so that it is not locked meanwhile.
-_BATCH: Final = 500
 #: A record that cannot be read hides no other; so many in a row mean that the repository is out of reach.
 _MOST_UNREACHABLE: Final = 3
 
@@ -81,18 +86,19 @@ class Catalog:
     def __init__(self, repository: Repository, directory: Path) -> None:
         self._repository = repository
         self._refreshing = threading.Lock()
+        #: Where listing all records would take many requests; guarded by the lock above.
+        is_costly = repository.store.capabilities.has_costly_requests
+        self._records = RecordLog(repository) if is_costly else None
         #: Of the repository when the experiments were compared last; guarded by the lock above.
         self._token: object = None
-        self._lock = threading.Lock()
         # A copy of a repository has its id but not its contents, hence the URL.
         place = blake3(repository.url.encode()).hexdigest()[:16]
-        self._file = directory / f"{repository.id[:16]}-{place}.db"
-        self._database = open_catalog_file(self._file)
+        self._tables = Tables(directory / f"{repository.id[:16]}-{place}.db")
+        self._news = KeptNews(self._tables, repository.url)
 
     def close(self) -> None:
         """Close the database."""
-        with self._lock:
-            self._database.close()
+        self._tables.close()
 
     def refresh(self) -> None:
         """Take in what was written to, and removed from, the repository since the last time."""
@@ -100,42 +106,47 @@ class Catalog:
 
     def refresh_experiments(self) -> None:
         """As `refresh`, but only which experiments there are; costs little when that did not change."""
-        self._refresh(self._compare_experiments)
+        self._refresh(self._compare_experiments if self._records is None else self._take_news)
 
     def refresh_experiment(self, experiment_id: str) -> None:
         """As `refresh`, but only the checkpoints of one experiment, and its end."""
-        self._refresh(lambda: self._compare_details(ExperimentId(experiment_id)))
+        if self._records is None:
+            self._refresh(lambda: self._compare_details(ExperimentId(experiment_id)))
+        else:
+            self._refresh(self._take_news)
 
     @property
     def version(self) -> tuple[int, int]:
         """Another one once anything was changed, by this process or another."""
-        with self._lock:
-            (others,) = self._database.execute("PRAGMA data_version").fetchone()
-            return others, self._database.total_changes
+        return self._tables.version
 
     def list_places(self) -> list[Place]:
         """All experiments, oldest first."""
-        return list(map(Place._make, self._query("SELECT id, created_ns FROM experiments ORDER BY 2, 1")))
+        return list(
+            map(Place._make, self._tables.query("SELECT id, created_ns FROM experiments ORDER BY 2, 1"))
+        )
 
     def newest_place(self) -> Place | None:
         """The newest experiment."""
-        rows = self._query("SELECT id, created_ns FROM experiments ORDER BY 2 DESC, 1 DESC LIMIT 1")
+        rows = self._tables.query("SELECT id, created_ns FROM experiments ORDER BY 2 DESC, 1 DESC LIMIT 1")
         return Place._make(rows[0]) if rows else None
 
     def list_names(self) -> list[tuple[str, Place]]:
         """The names of experiments with where they are, oldest first; a name can be there several times."""
-        rows = self._query("SELECT name, id, created_ns FROM experiments WHERE name != '' ORDER BY 3, 2")
+        rows = self._tables.query(
+            "SELECT name, id, created_ns FROM experiments WHERE name != '' ORDER BY 3, 2"
+        )
         return [(name, Place(*place)) for name, *place in rows]
 
     def list_tags(self) -> list[tuple[str, int]]:
         """All tags, each with the `created_ns` of the newest experiment that has it."""
-        return self._query(
+        return self._tables.query(
             "SELECT tag, max(created_ns) FROM tags JOIN experiments ON id = experiment_id GROUP BY tag"
         )
 
     def list_tagged(self, tag: str) -> list[Place]:
         """The experiments that have a tag, oldest first."""
-        rows = self._query(
+        rows = self._tables.query(
             "SELECT id, created_ns FROM tags JOIN experiments ON id = experiment_id "
             "WHERE tag = ? ORDER BY 2, 1",
             tag,
@@ -145,12 +156,12 @@ class Catalog:
     def entries(self, identifier: str | None = None) -> Iterator[CatalogEntry]:
         """All experiments, oldest first; or the one of that id, if it is there."""
         condition, arguments = ("", ()) if identifier is None else ("WHERE {} = ?", (identifier,))
-        rows = self._query(
+        rows = self._tables.query(
             "SELECT id, record, state, error, checkpoint_count, latest, best FROM experiments "
             f"{condition.format('id')} ORDER BY created_ns, id",
             *arguments,
         )
-        edits = self._query(
+        edits = self._tables.query(
             "SELECT experiment_id, status, time_ns, id, stall_ns FROM edits "
             f"{condition.format('experiment_id')} ORDER BY time_ns",
             *arguments,
@@ -177,39 +188,28 @@ class Catalog:
 
     def checkpoints(self, experiment_id: str) -> list[CheckpointRecord]:
         """The checkpoints of an experiment, oldest first."""
-        rows = self._query(
-            "SELECT record FROM checkpoints WHERE experiment_id = ? ORDER BY created_ns, id", experiment_id
-        )
-        return [_decode_checkpoint(record) for (record,) in rows]
+        return self._tables.checkpoints(experiment_id)
 
     def checkpoint(self, checkpoint_id: str) -> CheckpointRecord | None:
         """The checkpoint of that id, if it is there."""
-        rows = self._query("SELECT record FROM checkpoints WHERE id = ?", checkpoint_id)
-        return _decode_checkpoint(rows[0][0]) if rows else None
+        rows = self._tables.query("SELECT record FROM checkpoints WHERE id = ?", checkpoint_id)
+        return decode_checkpoint(rows[0][0]) if rows else None
 
     def newest_checkpoint_ns(self, experiment_id: str) -> int:
         """When the newest checkpoint of an experiment was created; 0 when it has none."""
-        rows = self._query("SELECT max(created_ns) FROM checkpoints WHERE experiment_id = ?", experiment_id)
+        rows = self._tables.query(
+            "SELECT max(created_ns) FROM checkpoints WHERE experiment_id = ?", experiment_id
+        )
         return int(rows[0][0] or 0)
 
     def find_ids(self, prefix: str) -> tuple[set[str], dict[str, str]]:
         """Experiments, and checkpoints with their experiments, whose ids begin with `prefix`."""
         bounds = (prefix, prefix + "g")  # "g" sorts after every hexadecimal digit
-        experiments = self._query("SELECT id FROM experiments WHERE id >= ? AND id < ?", *bounds)
-        checkpoints = self._query(
+        experiments = self._tables.query("SELECT id FROM experiments WHERE id >= ? AND id < ?", *bounds)
+        checkpoints = self._tables.query(
             "SELECT id, experiment_id FROM checkpoints WHERE id >= ? AND id < ?", *bounds
         )
         return {row[0] for row in experiments}, dict(checkpoints)
-
-    def _query(self, statement: str, *arguments: object) -> list[Any]:
-        with self._lock:
-            return self._database.execute(statement, arguments).fetchall()
-
-    def _change(self, *changes: tuple[str, Sequence[Sequence[object]]]) -> None:
-        """Execute statements, each for rows of arguments: all of them or nothing."""
-        with self._lock, self._database as database:
-            for statement, rows in changes:
-                database.executemany(statement, rows)
 
     # What follows is called with the second lock held.
 
@@ -222,104 +222,47 @@ class Catalog:
                     raise
                 except sqlite3.DatabaseError as error:
                     _log.warning("the catalog is damaged and made anew: %s", error)
-                    self._start_anew()
+                    self._token = None
+                    self._tables.start_anew()
                     compare()
             except sqlite3.OperationalError as error:
-                raise catalog_unusable(self._file, error) from error
-
-    def _start_anew(self) -> None:
-        self._token = None
-        with self._lock:
-            self._database.close()
-            remove_catalog_file(self._file)
-            self._database = open_catalog_file(self._file)
+                raise catalog_unusable(self._tables.file, error) from error
 
     def _refresh_all(self) -> None:
+        if self._records is not None:
+            self._take_news()
+            return
         self._compare_experiments()
         for place in self.list_places():
             self._compare_details(ExperimentId(place.id))
 
     def _compare_experiments(self) -> None:
         token = self._repository.experiments_token()
-        suspects = {row[0] for row in self._query("SELECT id FROM experiments WHERE is_suspect")}
+        suspects = {row[0] for row in self._tables.query("SELECT id FROM experiments WHERE is_suspect")}
         wanted = suspects
         if token is None or token != self._token:
             present = set(self._repository.list_experiment_ids())
-            known = {row[0] for row in self._query("SELECT id FROM experiments")}
+            known = {row[0] for row in self._tables.query("SELECT id FROM experiments")}
             if known and not present:
                 # An empty mount point looks like this too.
                 self._repository.check_present()
-            self._remove_experiments(known - present)
+            self._tables.remove_experiments(known - present)
             wanted = (present - known) | (suspects & present)
-        for batch in _batches(sorted(wanted)):
-            self._put_experiments(self._read_all(batch, self._read_experiment))
+        for batch in batches(sorted(wanted)):
+            self._tables.put_experiments(self._read_all(batch, self._read_experiment))
         self._token = token
 
-    def _remove_experiments(self, gone: Collection[str]) -> None:
-        rows = [(identifier,) for identifier in gone]
-        if rows:
-            self._change(
-                *(
-                    (f"DELETE FROM {table} WHERE experiment_id = ?", rows)
-                    for table in ("checkpoints", "edits")
-                ),
-                *_removal(rows),
-            )
-
-    def _put_experiments(self, rows: Mapping[str, _ExperimentRow | None]) -> None:
-        """Put in what was read; what is not there any more goes, and what did not change is left alone."""
-        marks = ",".join("?" * len(rows))
-        known = {
-            row[0]: _ExperimentRow(*row[1:])
-            for row in self._query(
-                f"SELECT id, created_ns, name, record, state, error FROM experiments WHERE id IN ({marks})",
-                *rows,
-            )
-        }
-        changed = {identifier: row for identifier, row in rows.items() if known.get(identifier) != row}
-        present = {identifier: row for identifier, row in changed.items() if row is not None}
-        if not changed:
-            return
-        self._change(
-            *_removal([(identifier,) for identifier in changed]),
-            (
-                "INSERT OR REPLACE INTO experiments (id, created_ns, name, record, state, error, is_suspect) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [(identifier, *row, row.state == "failed") for identifier, row in present.items()],
-            ),
-            (
-                "INSERT OR IGNORE INTO tags VALUES (?, ?)",
-                [(tag, identifier) for identifier, row in present.items() for tag in row.tags()],
-            ),
-        )
-        for identifier in known.keys() & present.keys():
-            self._derive(identifier)
-
-    def _read_experiment(self, identifier: str, problem: ReplicateError | None) -> _ExperimentRow | None:
-        state: SnapshotState = "stored"
-        error = ""
+    def _read_experiment(self, identifier: str, problem: ReplicateError | None) -> ExperimentRow | None:
         try:
             if problem is not None:
                 raise problem
-            record = self._repository.load_experiment(ExperimentId(identifier))
-            if record.paths and not self._repository.has_snapshot(snapshot_of(identifier)):
-                state, error = "failed", "the files were never stored"
+            return experiment_row(*self._repository.load_experiment_with_snapshot(ExperimentId(identifier)))
         except NotFound:
             return None  # removed since it was listed
         except ReplicateError as damage:
             if problem is None and isinstance(damage, RepositoryUnreachable):
                 raise
-            # Listed all the same, so that the user sees it; the others are not affected.
-            _log.warning("experiment %s: %s", short(identifier), damage)
-            record = ExperimentRecord(ExperimentId(identifier), parse_time(_UNREADABLE_CREATED))
-            state, error = "failed", damage.message
-        return _ExperimentRow(
-            wire.encode_time(record.created),
-            record.name,
-            wire.encode_experiment(record).SerializeToString(deterministic=True),
-            state,
-            error,
-        )
+            return damaged_experiment(identifier, damage)
 
     def _read_all(
         self, identifiers: Iterable[str], read: Callable[[str, ReplicateError | None], T]
@@ -338,27 +281,38 @@ class Catalog:
                 found[identifier] = read(identifier, error)
         return found
 
+    # Where the log of the repository tells what is new
+
+    def _take_news(self) -> None:
+        assert self._records is not None, "the repository is one whose log is read"
+        for news in self._records.read(self._news):
+            self._news.take(news)
+
     def _compare_details(self, experiment_id: ExperimentId) -> None:
         self._compare_checkpoints(experiment_id)
         edits = self._read_new_edits(experiment_id)
         if edits:
-            self._change(("INSERT OR REPLACE INTO edits VALUES (?, ?, ?, ?, ?)", edits))
+            self._tables.change(("INSERT OR REPLACE INTO edits VALUES (?, ?, ?, ?, ?)", edits))
 
     def _compare_checkpoints(self, experiment_id: ExperimentId) -> None:
         present = set(self._repository.list_checkpoint_ids(experiment_id))
         known = dict(
-            self._query("SELECT id, is_suspect FROM checkpoints WHERE experiment_id = ?", experiment_id)
+            self._tables.query(
+                "SELECT id, is_suspect FROM checkpoints WHERE experiment_id = ?", experiment_id
+            )
         )
         gone = known.keys() - present
         wanted = {identifier for identifier in present if known.get(identifier, True)}
 
-        def read(identifier: str, problem: ReplicateError | None) -> _CheckpointRow | None:
+        def read(identifier: str, problem: ReplicateError | None) -> CheckpointRow | None:
             return self._read_checkpoint(experiment_id, CheckpointId(identifier), problem)
 
         is_changed = bool(gone)
         if gone:
-            self._change(("DELETE FROM checkpoints WHERE id = ?", [(identifier,) for identifier in gone]))
-        for batch in _batches(sorted(wanted)):
+            self._tables.change(
+                ("DELETE FROM checkpoints WHERE id = ?", [(identifier,) for identifier in gone])
+            )
+        for batch in batches(sorted(wanted)):
             rows = self._read_all(batch, read)
             new = [
                 (identifier, experiment_id, *row)
@@ -367,54 +321,34 @@ class Catalog:
                 if row is not None and not (row.is_suspect and identifier in known)
             ]
             if new:
-                self._change(("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", new))
+                self._tables.change(("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", new))
                 is_changed = True
         if is_changed:
-            self._derive(experiment_id)
+            self._tables.derive([experiment_id])
 
     def _read_checkpoint(
         self, experiment_id: ExperimentId, identifier: CheckpointId, problem: ReplicateError | None
-    ) -> _CheckpointRow | None:
-        is_suspect = False
+    ) -> CheckpointRow | None:
         try:
             if problem is not None:
                 raise problem
-            record = self._repository.load_checkpoint(experiment_id, identifier)
+            return checkpoint_row(self._repository.load_checkpoint(experiment_id, identifier))
         except NotFound:
             return None
         except ReplicateError as damage:
             if problem is None and isinstance(damage, RepositoryUnreachable):
                 raise
-            _log.warning("checkpoint %s: %s", short(identifier), damage)
-            record = CheckpointRecord(
-                identifier,
-                experiment_id,
-                parse_time(_UNREADABLE_CREATED),
-                step=0,
-                state="failed",
-                error=damage.message,
-            )
-            is_suspect = True
-        return _CheckpointRow(
-            wire.encode_time(record.created), wire.encode_checkpoint(record).SerializeToString(), is_suspect
-        )
+            return damaged_checkpoint(experiment_id, identifier, damage)
 
-    def _derive(self, experiment_id: str) -> None:
-        checkpoints = self.checkpoints(experiment_id)
-        latest, best = latest_checkpoint(checkpoints), best_checkpoint(checkpoints)
-        self._change(
-            (
-                "UPDATE experiments SET checkpoint_count = ?, latest = ?, best = ? WHERE id = ?",
-                [(len(checkpoints), _encode_checkpoint(latest), _encode_checkpoint(best), experiment_id)],
-            )
-        )
-
-    def _read_new_edits(self, experiment_id: ExperimentId) -> list[tuple[str, str, int, str | None, int]]:
+    def _read_new_edits(self, experiment_id: ExperimentId) -> list[EditRow]:
         present = set(self._repository.list_edit_ids(experiment_id))
         if not present:
             return []
-        known = {row[0] for row in self._query("SELECT id FROM edits WHERE experiment_id = ?", experiment_id)}
-        rows: list[tuple[str, str, int, str | None, int]] = []
+        known = {
+            row[0]
+            for row in self._tables.query("SELECT id FROM edits WHERE experiment_id = ?", experiment_id)
+        }
+        rows: list[EditRow] = []
         for identifier in present - known:
             try:
                 edit = self._repository.load_edit(experiment_id, identifier)
@@ -422,53 +356,9 @@ class Catalog:
                 _log.warning("edit %s: %s", short(identifier), error)
                 continue
             if edit is not None:
-                status = edit.status if isinstance(edit, EndEdit) else None
-                stall_ns = edit.stall_ns if isinstance(edit, EndEdit) else 0
-                rows.append((identifier, experiment_id, wire.encode_time(edit.time), status, stall_ns))
+                rows.append(edit_row(identifier, experiment_id, edit))
         return rows
 
 
-class _ExperimentRow(NamedTuple):
-    """What is read of an experiment, as it stands in the database."""
-
-    created_ns: int
-    name: str
-    record: bytes
-    state: str
-    error: str
-
-    def tags(self) -> list[str]:
-        return list(pb.Experiment.FromString(self.record).tags)
-
-
-class _CheckpointRow(NamedTuple):
-    """What is read of a checkpoint, as it stands in the database."""
-
-    created_ns: int
-    record: bytes
-    is_suspect: bool
-
-
-def _removal(rows: Sequence[tuple[str]]) -> list[tuple[str, Sequence[tuple[str]]]]:
-    """The changes that remove experiments, but not what they hold."""
-    return [
-        ("DELETE FROM tags WHERE experiment_id = ?", rows),
-        ("DELETE FROM experiments WHERE id = ?", rows),
-    ]
-
-
-def _batches(identifiers: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(identifiers), _BATCH):
-        yield identifiers[start : start + _BATCH]
-
-
-def _decode_checkpoint(record: bytes) -> CheckpointRecord:
-    return wire.decode_checkpoint(pb.Checkpoint.FromString(record))
-
-
-def _encode_checkpoint(record: CheckpointRecord | None) -> bytes | None:
-    return None if record is None else wire.encode_checkpoint(record).SerializeToString()
-
-
 def _checkpoint(record: bytes | None) -> CheckpointRecord | None:
-    return None if record is None else _decode_checkpoint(record)
+    return None if record is None else decode_checkpoint(record)

@@ -14,7 +14,7 @@ from replicated.sqlite import DatabaseUnusable, open_database
 
 #: "RPLC"
 APPLICATION_ID = 0x52504C43
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _SCHEMA = """
 CREATE TABLE experiments (
@@ -64,6 +64,18 @@ CREATE TABLE edits (
     stall_ns INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX edits_by_experiment ON edits (experiment_id, time_ns);
+-- What was taken from the log of the repository, where that is read instead of listing all records.
+CREATE TABLE segments (
+    name TEXT PRIMARY KEY
+) WITHOUT ROWID;
+-- Experiments and checkpoints that were removed: what else is said of them later is not taken in.
+CREATE TABLE removed (
+    id TEXT PRIMARY KEY
+) WITHOUT ROWID;
+-- One row once everything was listed.
+CREATE TABLE listed (
+    number INTEGER PRIMARY KEY
+);
 """
 
 _log = logging.getLogger(__name__)

@@ -26,21 +26,23 @@ CONDEMNED_PREFIX: Final = "log/condemned/"
 INDEX_PREFIX: Final = "log/index/"
 NEW_PREFIX: Final = "log/new/"
 SEGMENT_PREFIX: Final = "log/records/"
+#: There when every record is announced, or in a segment.
+COMPLETE_KEY: Final = "log/records/complete"
 
 #: What can be announced: records, and that something was removed.
 Kind = Literal["experiment", "checkpoint", "edit", "shard", "removal"]
 
 MAX_LEVEL: Final = 0xFF
 
-_LETTERS: Final[dict[Kind, str]] = {
+LETTERS: Final[dict[Kind, str]] = {
     "experiment": "e",
     "checkpoint": "c",
     "edit": "d",
     "shard": "s",
     "removal": "x",
 }
-_KINDS: Final = {letter: kind for kind, letter in _LETTERS.items()}
-assert _LETTERS.keys() == set(get_args(Kind))
+KINDS: Final[dict[str, Kind]] = {letter: kind for kind, letter in LETTERS.items()}
+assert LETTERS.keys() == set(get_args(Kind))
 
 _NEW_KEY = re.compile(NEW_PREFIX + r"([a-z])-([0-9a-f]{64})-([0-9a-f]{64})(?:-([0-9]{1,9}))?")
 _LEVELLED_NAME = re.compile(r"[0-9a-f]{2}-[0-9a-f]{64}")
@@ -62,7 +64,7 @@ class Announced(NamedTuple):
     def key(self) -> str:
         """The key of the announcement."""
         rank = "" if self.rank is None else f"-{self.rank}"
-        return f"{NEW_PREFIX}{_LETTERS[self.kind]}-{self.experiment_id}-{self.id}{rank}"
+        return f"{NEW_PREFIX}{LETTERS[self.kind]}-{self.experiment_id}-{self.id}{rank}"
 
     @property
     def record_key(self) -> str:
@@ -88,35 +90,46 @@ class LogListing:
     index: dict[str, ObjectInfo] = field(default_factory=dict)
     new: dict[Announced, ObjectInfo] = field(default_factory=dict)
     segments: dict[str, ObjectInfo] = field(default_factory=dict)
+    #: Whether there is no record that is neither announced nor in a segment.
+    is_complete: bool = False
+    #: Keys of what this version does not know: others may rely on it.
+    unknown: frozenset[str] = frozenset()
 
 
 def read_listing(objects: Iterable[ObjectInfo]) -> LogListing:
-    """The objects of a listing of `log/`; those with other keys are passed over."""
+    """The objects of a listing of `log/`."""
     condemned: set[str] = set()
+    unknown: set[str] = set()
     index: dict[str, ObjectInfo] = {}
     new: dict[Announced, ObjectInfo] = {}
     segments: dict[str, ObjectInfo] = {}
+    is_complete = False
     for info in objects:
         key = info.key
         if key.startswith(NEW_PREFIX):
             announced = parse_announced(key)
             if announced is not None:
                 new[announced] = info
+            else:
+                unknown.add(key)
         elif key.startswith(INDEX_PREFIX):
             if _LEVELLED_NAME.fullmatch(name := key.removeprefix(INDEX_PREFIX)):
                 index[name] = info
         elif key.startswith(SEGMENT_PREFIX):
             if _LEVELLED_NAME.fullmatch(name := key.removeprefix(SEGMENT_PREFIX)):
                 segments[name] = info
+            is_complete = is_complete or key == COMPLETE_KEY
         elif found := _CONDEMNED_KEY.fullmatch(key):
             condemned.add(found.group(1))
-    return LogListing(frozenset(condemned), index, new, segments)
+        else:
+            unknown.add(key)
+    return LogListing(frozenset(condemned), index, new, segments, is_complete, frozenset(unknown))
 
 
 def parse_announced(key: str) -> Announced | None:
     """What the object under this key announces; None when it is of no kind that this version knows."""
     found = _NEW_KEY.fullmatch(key)
-    if found is None or (kind := _KINDS.get(found.group(1))) is None:
+    if found is None or (kind := KINDS.get(found.group(1))) is None:
         return None
     rank = found.group(4)
     if (rank is not None) != (kind == "shard"):

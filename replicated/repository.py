@@ -18,26 +18,23 @@ from replicate.errors import (
     NotFound,
     NotStored,
     RepositoryDamaged,
-    RepositoryIncompatible,
-    RepositoryMissing,
     RepositoryUnreachable,
 )
-from replicate.ids import CheckpointId, ExperimentId, SnapshotId, is_id, new_id, short
+from replicate.ids import CheckpointId, ExperimentId, SnapshotId, is_id, short
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.cache import ContentCache
 from replicated.format import metadata
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.manifest import ChunkList, DirectoryNode, RootNode
 from replicated.format.metadata import Edit, Heartbeat, Snapshot
-from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
+from replicated.format.settings import RepositorySettings
+from replicated.founding import decode_object, found_repository, load_settings
 from replicated.index import Index, Location
 from replicated.keys import (
     CHECKPOINT_PREFIX,
     EDIT_PREFIX,
     EXPERIMENT_PREFIX,
     HEARTBEAT_PREFIX,
-    LOG_PREFIX,
-    PACK_PREFIX,
     SETTINGS_KEY,
     SHARD_PREFIX,
     Announced,
@@ -136,8 +133,8 @@ class Repository:
     ) -> Repository:
         """The repository in a store that is open already; otherwise like `open`."""
         if create and not store.exists(SETTINGS_KEY):
-            _create(store)
-        return cls(store, _load_settings(store), cache, content, memory_bytes)
+            found_repository(store)
+        return cls(store, load_settings(store), cache, content, memory_bytes)
 
     @property
     def id(self) -> str:
@@ -244,6 +241,7 @@ class Repository:
         self._announce_removal(experiment_id, experiment_id)
         announced = [key for key in self._log.list().new if key.experiment_id == experiment_id]
         self._store.delete(
+            heartbeat_key(experiment_id),
             *self._list_keys(f"{CHECKPOINT_PREFIX}{experiment_id}/"),
             *self._list_keys(f"{SHARD_PREFIX}{experiment_id}/"),
             *self._list_keys(f"{EDIT_PREFIX}{experiment_id}/"),
@@ -353,7 +351,7 @@ class Repository:
 
     def check_present(self) -> None:
         """Raise `RepositoryMissing` when there is none any more, as where a disk was unmounted."""
-        _load_settings(self._store)
+        load_settings(self._store)
 
     def list_experiment_ids(self) -> list[ExperimentId]:
         """Every experiment, in no order."""
@@ -368,6 +366,22 @@ class Repository:
             raise self._not_found("experiment", experiment_id) from None
         self._check_id(key, record.id, experiment_id)
         return record
+
+    def load_experiment_with_snapshot(
+        self, experiment_id: ExperimentId
+    ) -> tuple[ExperimentRecord, Snapshot | None]:
+        """The experiment and what it says of its files; raises `NotFound`."""
+
+        def decode(data: bytes) -> tuple[ExperimentRecord, Snapshot | None]:
+            return metadata.decode_experiment(data), metadata.decode_snapshot(data)
+
+        key = experiment_key(experiment_id)
+        try:
+            record, snapshot = self._load(key, decode)
+        except KeyMissing:
+            raise self._not_found("experiment", experiment_id) from None
+        self._check_id(key, record.id, experiment_id)
+        return record, snapshot
 
     def list_checkpoint_ids(self, experiment_id: ExperimentId) -> list[CheckpointId]:
         """Every checkpoint of an experiment, in no order."""
@@ -424,7 +438,7 @@ class Repository:
         return [name for name in names if name]
 
     def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
-        return _decode(self._store, key, decode)
+        return decode_object(self._store, key, decode)
 
     def _check_id(self, key: str, found: str, expected: str) -> None:
         if found != expected:
@@ -438,56 +452,3 @@ class Repository:
             hint="`replicate ls` shows what there is",
             fields={"id": identifier},
         )
-
-
-def _create(store: Store) -> None:
-    """Make an empty repository, unless somebody else does at the same moment."""
-    _refuse_headless(store)
-    settings = RepositorySettings(id=new_id(), created=utc_now())
-    try:
-        store.put(SETTINGS_KEY, [encode_settings(settings)])
-    except RepositoryDamaged:
-        # Another one is there by now; whether it is good shows when it is loaded.
-        pass
-
-
-def _refuse_headless(store: Store) -> None:
-    """Raise `RepositoryDamaged` when there are objects but not the one that says what they are."""
-    for prefix in (LOG_PREFIX, EXPERIMENT_PREFIX, PACK_PREFIX):
-        # Asked for again once something was seen: somebody may make the repository and write at this moment.
-        if next(store.list(prefix), None) is not None and not store.exists(SETTINGS_KEY):
-            raise RepositoryDamaged(
-                f"{SETTINGS_KEY} is missing in {store.url}, though there are objects below {prefix}",
-                hint="put it back from a copy; without it nothing is written there",
-                fields={"key": SETTINGS_KEY},
-            )
-
-
-def _load_settings(store: Store) -> RepositorySettings:
-    try:
-        return _decode(store, SETTINGS_KEY, decode_settings)
-    except KeyMissing:
-        _refuse_headless(store)
-        raise RepositoryMissing(
-            f"no repository at {store.url}: there is no {SETTINGS_KEY}",
-            hint="check the URL; the first `replicate.init` there makes a repository",
-        ) from None
-
-
-def _decode(store: Store, key: str, decode: Callable[[bytes], T]) -> T:
-    """A decoded object; raises `KeyMissing`, `RepositoryDamaged`, `RepositoryIncompatible`."""
-    data = store.get(key)
-    try:
-        return decode(data)
-    except Malformed as error:
-        raise RepositoryDamaged(
-            f"{key} in {store.url} is damaged: {error}",
-            hint="the rest of the repository can still be read",
-            fields={"key": key},
-        ) from error
-    except NewerFormat as error:
-        raise RepositoryIncompatible(
-            f"{key} in {store.url} was written by a newer version: {error}",
-            hint="upgrade replicate-vcs; nothing was changed",
-            fields={"key": key},
-        ) from error

@@ -9,6 +9,7 @@ import logging
 
 from replicate.errors import ReplicateError
 from replicated.compaction import compact
+from replicated.record_merging import merge_records
 from replicated.repository import Repository
 
 _log = logging.getLogger(__name__)
@@ -20,5 +21,7 @@ def keep_up(repository: Repository | None) -> None:
         return
     try:
         compact(repository.store, repository.log, repository.index)
+        if repository.store.capabilities.has_costly_requests:
+            merge_records(repository)
     except ReplicateError as error:
-        _log.info("index objects of %s are not merged now: %s", repository.url, error)
+        _log.info("objects of %s are not merged now: %s", repository.url, error)

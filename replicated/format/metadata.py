@@ -257,6 +257,11 @@ def _decode_live_run(value: object) -> LiveRun:
 # What is gone
 
 
+def encode_complete() -> bytes:
+    """`log/records/complete`, always the same."""
+    return _seal({})
+
+
 def encode_removal(removed: datetime) -> bytes:
     """`log/new/x-…`: that an experiment or a checkpoint was removed."""
     return _seal({"removed": format_time(removed)})

@@ -153,7 +153,7 @@ def lose(repository: Repository, chunk_id: bytes) -> None:
     """Damage the index object that lists a chunk, and make the index anew."""
     root = repository.store.capabilities.local_root
     assert root
-    for path in (root / "index").iterdir():
+    for path in (root / "log" / "index").iterdir():
         data = path.read_bytes()
         if any(record.chunk_id == chunk_id for listing in parse_index(data) for record in listing.records):
             path.chmod(0o644)

@@ -89,7 +89,7 @@ def kinds(key: str) -> str:
 
 def test_there_is_an_object_of_every_kind(repository: Repository, snapshot: Snapshot) -> None:
     assert {kinds(key) for key in objects(repository)} == {
-        "repository.json", "experiments", "checkpoints", "edits", "snapshots", "packs", "index",
+        "repository.json", "experiments", "checkpoints", "edits", "packs", "log",
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from replicated.format.listing import build_index
 from replicated.format.manifest import RootNode, TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.format.pack import DATA_PACK, TREE_PACK, PackBuilder, PackListing
-from replicated.keys import INDEX_PREFIX, pack_key
+from replicated.keys import INDEX_PREFIX, index_key, levelled_name, pack_key
 from replicated.packer import Chunk, Packer, WriteStats
 from replicated.repository import Repository
 from replicated.tree import open_tree
@@ -95,7 +95,7 @@ def store_chunk(repository: Repository, plain: bytes, encoded: Encoded) -> None:
     name = len(list(repository.store.list(INDEX_PREFIX))).to_bytes(32, "big")
     repository.store.put(pack_key(name), parts)
     listing = PackListing(name, DATA_PACK, sum(map(len, parts)), tuple(builder.records))
-    repository.store.put(INDEX_PREFIX + name.hex(), [build_index([listing])])
+    repository.store.put(index_key(levelled_name(0, name.hex())), [build_index([listing])])
 
 
 def read_chunk(repository: Repository, plain: bytes) -> bytes:
@@ -160,17 +160,18 @@ def test_base_with_a_base_is_refused(repository: Repository) -> None:
 
 def test_snapshots_are_listed_with_their_owners(repository: Repository, save: Save) -> None:
     snapshots = [save(repository, {"a": b"x" * size}) for size in (1, 20)]
-    experiment = ExperimentRecord(ExperimentId(snapshots[0].id), utc_now(), name="run\x1b one")
-    repository.put_experiment(experiment)
-    checkpoint = CheckpointRecord(CheckpointId(snapshots[1].id), experiment.id, utc_now(), 17, state="stored")
-    repository.put_checkpoint(checkpoint)
+    experiment = ExperimentRecord(ExperimentId(new_id()), utc_now(), name="run\x1b one")
+    repository.put_experiment(experiment, snapshots[0].root)
+    checkpoint = CheckpointRecord(CheckpointId(new_id()), experiment.id, utc_now(), 17, state="stored")
+    repository.put_checkpoint(checkpoint, snapshots[1].root)
     done = run(root_of(repository), "list")
     assert (done.returncode, done.stderr) == (0, "")
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert lines.keys() == {snapshot.id for snapshot in snapshots}
+    name = f"{experiment.id}/{checkpoint.id}"
+    assert lines.keys() == {*(snapshot.id for snapshot in snapshots), experiment.id, name}
     assert "run\\x1b one" in lines[experiment.id]
-    assert "step 17" in lines[checkpoint.id]
-    assert "20 bytes" in lines[checkpoint.id]
+    assert "step 17" in lines[name]
+    assert "20 bytes" in lines[name]
 
 
 def test_damage_is_found_and_named(repository: Repository, save: Save, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from replicated.format.listing import build_index
 from replicated.format.manifest import FileContent, TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.format.pack import DATA_PACK, PackBuilder, parse_pack
-from replicated.keys import INDEX_PREFIX, checkpoint_key, pack_key, snapshot_of
+from replicated.keys import checkpoint_key, index_key, levelled_name, pack_key, snapshot_of
 from replicated.repository import Repository
 from replicated.usage import EncodedBytes, Usage, UsageReport, measure_repository
 
@@ -111,7 +111,8 @@ class Recount:
         """What these snapshots refer to together."""
         found = References()
         for snapshot_id in snapshot_ids:
-            snapshot = json.loads((self.root / "snapshots" / snapshot_id).read_bytes())
+            directory = "checkpoints" if "/" in snapshot_id else "experiments"
+            snapshot = json.loads((self.root / directory / f"{snapshot_id}.json").read_bytes())["snapshot"]
             found.snapshots += 1
             self._walk(bytes.fromhex(snapshot["root"]["node"]), found)
         return found
@@ -233,7 +234,7 @@ def put_pack(repository: Repository, chunks: Iterable[Chunk], *, is_listed: bool
     name = bytes.fromhex(new_id())
     repository.store.put(pack_key(name), [data])
     if is_listed:
-        repository.store.put(INDEX_PREFIX + new_id(), [build_index([parse_pack(name, data)])])
+        repository.store.put(index_key(levelled_name(0, new_id())), [build_index([parse_pack(name, data)])])
         repository.index.refresh()
     return pack_key(name)
 
@@ -276,6 +277,10 @@ def put_checkpoint(repository: Repository, experiment_id: ExperimentId, snapshot
     record = CheckpointRecord(checkpoint_id, experiment_id, utc_now(), 0, state="stored")
     repository.put_checkpoint(record, snapshot.root)
     return snapshot_of(experiment_id, checkpoint_id)
+
+
+def _owner(snapshot_id: SnapshotId) -> str:
+    return snapshot_id.rpartition("/")[2]
 
 
 @dataclass
@@ -360,7 +365,9 @@ def test_the_figures_of_real_files_are_what_the_packs_say(repository: Repository
     owners: dict[ExperimentId, list[SnapshotId]] = {}
     for step, experiment in enumerate(experiments):
         files = {"big": big + bytes([step]) * 1000, "text": b"compress me " * 50_000, "zero": b"", **many}
-        owners[experiment] = [put_checkpoint(repository, experiment, save(repository, files))]
+        snapshot = save(repository, files)
+        repository.delete_experiment(ExperimentId(snapshot.id))
+        owners[experiment] = [put_checkpoint(repository, experiment, snapshot)]
     report = check(repository, owners)
     one, other = report.experiments
     assert report.total.logical_bytes == one.logical_bytes + other.logical_bytes > 7_000_000
@@ -432,7 +439,7 @@ def test_a_lost_pack_leaves_out_the_snapshots_that_need_it(
     for number in needing:
         left[experiments[number]] = []
     report = check(repository, left)
-    assert {snapshot.id for snapshot in report.unreadable} == {ids[number] for number in needing}
+    assert {snapshot.id for snapshot in report.unreadable} == {_owner(ids[number]) for number in needing}
     for snapshot in report.unreadable:
         assert snapshot.error == f"pack {packs[lost]} of {repository.url} is missing"
 
@@ -449,7 +456,7 @@ def test_a_pack_of_another_size_is_damaged_as_well(repository: Repository, chang
     repository.store.replace(keys[0], (data + b"?")[: len(data) + change])
     report = measure_repository(repository, [experiment], [experiment])
     (unreadable,) = report.unreadable
-    assert unreadable.id == damaged
+    assert unreadable.id == _owner(damaged)
     sizes = f"{len(data) + change} bytes, not {len(data)}"
     assert unreadable.error == f"pack {keys[0]} of {repository.url} has {sizes}"
     assert (report.total.snapshots, report.total.logical_bytes, report.total.stored_bytes) == (1, 20, 20)

@@ -454,11 +454,12 @@ def test_file_of_several_gib_takes_bounded_memory(repository: Repository, tmp_pa
 def test_writer_killed_at_any_write_leaves_a_repository_that_goes_on(tmp_path: Path, load: Load) -> None:
     script = """
 import os, random, sys
+from datetime import datetime, timezone
 from pathlib import Path
+from replicate.records import ExperimentRecord
 from replicated import contents, packer
 from replicated.format import pack
 from replicated.format.manifest import TreeEntry
-from replicated.format.metadata import Snapshot
 from replicated.repository import Repository
 pack.DATA_PACK_BYTES, packer.INDEX_AFTER_BYTES = 200_000, 500_000
 allowed, root = int(sys.argv[1]), Path(sys.argv[2])
@@ -475,7 +476,7 @@ with repository.writer() as writer:
     content = writer.add_file(random.Random(1).randbytes(1_500_000))
     tree = writer.add_tree([TreeEntry(b"file", "file", 0o644, 0, content)])
     writer.finish()
-repository.put_experiment(ExperimentRecord("ab" * 32, utc_now()), tree)
+repository.put_experiment(ExperimentRecord("ab" * 32, datetime(2026, 1, 1, tzinfo=timezone.utc)), tree)
 """
     snapshot_id = SnapshotId("ab" * 32)
     data = random.Random(1).randbytes(1_500_000)

@@ -23,10 +23,10 @@ from replicated.journal import Job
 from replicated.mount.engine.choosing import EngineState
 from replicated.mount.life.registry import MountInfo
 from replicated.mount.options import DEFAULT_TIMEOUT_S, ENGINES, PASSTHROUGH, MountOptions
-from replicated.probe import Finding
 from replicated.processes import is_alive
 from replicated.snapshot.capture import Captured, CaptureRequest
 from replicated.standings import Trouble
+from replicated.store.probing import Finding
 from replicated.usage import Usage, UsageReport
 
 #: A century: what is more is a mistake, and must not overflow the sum.
@@ -277,12 +277,14 @@ def encode_standings(
 
 
 def encode_probe_step(finding: Finding) -> pb.ProbeStep:
-    """One thing that was tried on a repository, as a message."""
+    """What was tried of a repository or a store, as a message."""
     return pb.ProbeStep(
         name=finding.name,
-        ok=finding.ok,
+        ok=finding.outcome != "fail",
         detail=wire.encode_text(finding.detail),
         hint=wire.encode_text(finding.hint),
+        outcome=finding.outcome,
+        value=finding.value,
     )
 
 

@@ -53,7 +53,7 @@ from replicated.messages import (
 )
 from replicated.mount.engine import choosing
 from replicated.mount.life.table import MountTable
-from replicated.probe import probe_repository
+from replicated.probe import probe
 from replicated.reaching import Access
 from replicated.removal import Removal
 from replicated.repositories import OpenRepositories
@@ -453,7 +453,8 @@ class _Servicer(pb_grpc.DaemonServicer):
 
     @unary
     def ProbeRepository(self, request: pb.ProbeRequest) -> pb.ProbeReply:
-        steps = probe_repository(self._services.repositories, check_repository(request.repository))
+        url = check_repository(request.repository)
+        steps = probe(self._services.repositories, url, is_store=request.store)
         return pb.ProbeReply(steps=map(encode_probe_step, steps))
 
 

@@ -41,6 +41,7 @@ else:
 
 #: How a checkpoint was chosen when the reference left it open; empty when it did not, or none was.
 Choice = Literal["", "best", "latest", "code", "step"]
+Outcome = Literal["ok", "warn", "fail"]
 CheckoutVerb = Literal["create", "replace", "keep", "delete"]
 
 #: `wait_stored` asks for this long at a time: a longer call would hold up `fork` and Ctrl-C.
@@ -164,12 +165,13 @@ class RemovedItem:
 
 @dataclass(frozen=True, slots=True)
 class ProbeStep:
-    """One thing that was tried on a repository."""
+    """One thing that was tried on a repository or a store."""
 
     name: str
-    ok: bool
+    outcome: Outcome
+    #: For programs: a word, one of few for each name, or a number; may be empty.
+    value: str
     detail: str
-    #: How to mend it; empty when `ok`.
     hint: str
 
 
@@ -348,8 +350,20 @@ def remove(
 
 def probe_repository(repository: str) -> list[ProbeStep]:
     """Try what the daemon needs of a repository, step by step; failures are in the steps."""
-    reply = connection.call("ProbeRepository", pb.ProbeRequest(repository=repository), pb.ProbeReply)
-    return [ProbeStep(step.name, step.ok, step.detail, step.hint) for step in reply.steps]
+    return _probe(pb.ProbeRequest(repository=repository))
+
+
+def probe_store(url: str) -> list[ProbeStep]:
+    """Try what a store really does, also where no repository is; failures are in the steps."""
+    return _probe(pb.ProbeRequest(repository=url, store=True))
+
+
+def _probe(request: pb.ProbeRequest) -> list[ProbeStep]:
+    reply = connection.call("ProbeRepository", request, pb.ProbeReply)
+    return [
+        ProbeStep(step.name, _decode_outcome(step.outcome), step.value, step.detail, step.hint)
+        for step in reply.steps
+    ]
 
 
 def _target(repository: str, reference: str) -> pb.Target:
@@ -433,3 +447,7 @@ def _choice(word: str) -> Choice:
 
 def _checkout_verb(word: str) -> CheckoutVerb:
     return wire.decode_word(word, get_args(CheckoutVerb), "verb")
+
+
+def _decode_outcome(word: str) -> Outcome:
+    return wire.decode_word(word, get_args(Outcome), "outcome")

@@ -11,10 +11,10 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from replicate._version import __version__
 from replicate.cli.refusals import describe_refusal
@@ -22,6 +22,9 @@ from replicate.config import ProjectConfig
 from replicate.errors import ReplicateError
 from replicate.home import Home, check_private
 from replicate.phrases import format_size
+
+if TYPE_CHECKING:
+    from replicate.query import ProbeStep
 
 Outcome = Literal["ok", "warn", "fail"]
 
@@ -44,6 +47,8 @@ class Finding:
     outcome: Outcome
     detail: str
     hint: str = ""
+    #: For programs: a word, one of few for each name, or a number; of what was tried of a store.
+    value: str = ""
 
 
 def diagnose(home: Home, find_project: Callable[[], ProjectConfig]) -> Iterator[Finding]:
@@ -65,6 +70,12 @@ def diagnose(home: Home, find_project: Callable[[], ProjectConfig]) -> Iterator[
         return
     yield Finding("Project", "ok", f"{project.directory} (repository {project.repository})")
     yield from run_check("Repository", lambda: check_repository(project))
+
+
+def diagnose_store(url: str) -> Iterator[Finding]:
+    """What a store does, and before it what is needed to ask."""
+    yield from run_check("Daemon", check_daemon)
+    yield from run_check("Store", lambda: check_store(url))
 
 
 def run_check(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -174,9 +185,19 @@ def check_repository(project: ProjectConfig) -> list[Finding]:
     """What the daemon finds when it tries the repository."""
     from replicate import query
 
+    return _of_steps(query.probe_repository(project.repository))
+
+
+def check_store(url: str) -> list[Finding]:
+    """What the daemon finds when it tries out a store."""
+    from replicate import query
+
+    return _of_steps(query.probe_store(url))
+
+
+def _of_steps(steps: Sequence[ProbeStep]) -> list[Finding]:
     return [
-        Finding(step.name.capitalize(), "ok" if step.ok else "fail", step.detail, step.hint)
-        for step in query.probe_repository(project.repository)
+        Finding(step.name.capitalize(), step.outcome, step.detail, step.hint, step.value) for step in steps
     ]
 
 

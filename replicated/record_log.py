@@ -93,7 +93,7 @@ class RecordLog:
         """What is new; each piece is kept before the next one is asked for."""
         listing = self._repository.log.list()
         taken = known.segments()
-        if (taken or known.is_listed()) and not listing.segments and not listing.new:
+        if not (listing.is_complete or listing.segments or listing.new):
             # A bucket that was emptied looks like this.
             self._repository.check_present()
         is_damaged = False

@@ -231,7 +231,7 @@ def test_existing_directory_and_wrong_usage_are_refused(
 
 def test_reader_is_short_and_stands_alone() -> None:
     text = READER.read_text()
-    assert len(text.splitlines()) < 350
+    assert len(text.splitlines()) < 360
     imported = {
         name.split(".")[0]
         for statement in ast.walk(ast.parse(text))

@@ -401,11 +401,11 @@ def test_a_base_of_a_removed_snapshot_is_needed_as_long_as_its_deltas_are(reposi
     trees = put_trees(repository, {"m": describe_file([base])}, {"m": describe_file([delta])})
     first, second = (put_checkpoint(repository, experiment, tree) for tree in trees)
     check(repository, {experiment: [first, second]})
-    repository.delete_checkpoint(experiment, CheckpointId(first))
+    repository.delete_checkpoint(experiment, CheckpointId(_owner(first)))
     report = check(repository, {experiment: [second]})
     assert (report.total.stored_bytes, report.total.base_bytes) == (800, 700)
     unreferenced = report.unreferenced_bytes
-    repository.delete_checkpoint(experiment, CheckpointId(second))
+    repository.delete_checkpoint(experiment, CheckpointId(_owner(second)))
     report = check(repository, {experiment: []})
     assert report.total.stored_bytes == 0
     assert report.unreferenced_bytes > unreferenced + 800

@@ -52,6 +52,10 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:.2f} GB/s"
 
 
+def format_count(count: float) -> str:
+    return f"{count:,.0f}"
+
+
 def _itself(value: float, _: float) -> float:
     return value
 
@@ -59,6 +63,7 @@ def _itself(value: float, _: float) -> float:
 SECONDS = Relation(_itself, format_seconds, is_alone=True)
 BYTES = Relation(_itself, format_bytes, is_alone=True)
 MEGABYTES = Relation(_itself, format_megabytes, is_alone=True)
+COUNT = Relation(_itself, format_count, is_alone=True)
 RATE = Relation(_itself, format_rate, is_at_most=False, is_alone=True)
 
 

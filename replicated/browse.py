@@ -104,6 +104,12 @@ def snapshot_ids(resolution: Resolution) -> Iterator[SnapshotId]:
     if summary.record.paths and not (summary.state == "failed" and has_own_files):
         _check_stored(summary.record.id, "experiment", summary.state, summary.error)
         yield snapshot_of(summary.record.id)
+    if checkpoint is not None and checkpoint.state == "failed" and not checkpoint.paths:
+        raise RepositoryDamaged(
+            f"checkpoint {short(checkpoint.id)}: {checkpoint.error}",
+            hint="other checkpoints are not affected; see `replicate show`",
+            fields={"id": checkpoint.id},
+        )
     if checkpoint is not None and checkpoint.paths:
         _check_stored(checkpoint.id, "checkpoint", checkpoint.state, checkpoint.error)
         yield snapshot_of(summary.record.id, checkpoint.id)

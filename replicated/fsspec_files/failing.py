@@ -22,6 +22,7 @@ from replicate.errors import (
     RepositoryIncompatible,
     RepositoryMissing,
 )
+from replicated.fsspec_files.forking import gate
 
 #: The first that fits counts. What is out of reach is none of them.
 _NUMBERS: tuple[tuple[type[ReplicateError], int], ...] = (
@@ -39,9 +40,10 @@ _REFUSED = (errno.EACCES, errno.EPERM)
 
 @contextmanager
 def os_errors(path: str) -> Iterator[None]:
-    """Within, errors of this project become an `OSError` that names `path`."""
+    """Within, a repository is used: errors of this project become an `OSError` that names `path`."""
     try:
-        yield
+        with gate.passing():
+            yield
     except ReplicateError as error:
         raise as_os_error(error, path) from error
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from fsspec.callbacks import NoOpCallback
@@ -20,11 +21,12 @@ from fsspec.config import apply_config
 from fsspec.spec import AbstractFileSystem
 from fsspec.utils import isfilelike, stringify_path
 
-from replicate.config import find_project
+from replicate.config import find_project, resolve_repository
 from replicate.errors import ReplicateError
 from replicated.fsspec_files.failing import as_os_error, is_missing, no_file, os_errors, refuse
 from replicated.fsspec_files.fetching import Range, iter_parts, read_ranges
 from replicated.fsspec_files.files import MAX_WINDOW_BYTES, SnapshotFile
+from replicated.fsspec_files.forking import gate
 from replicated.fsspec_files.looking import Found, entries, find, look
 from replicated.fsspec_files.naming import FRESH_S, Meaning
 from replicated.fsspec_files.opening import OpenRepository, Source, forget_names, opened
@@ -34,6 +36,8 @@ from replicated.tree import Tree
 #: Ranges that are asked for together are kept in memory when they are no longer than this in all.
 _MAX_KEPT_BYTES: Final = 16 << 20
 _NO_CALLBACK: Final = NoOpCallback()
+#: Repository URLs that do not depend on a project.
+_COMPLETE: Final = ("file:///", "s3://", "gs://")
 
 
 class _OneForEachRepository(type(AbstractFileSystem)):  # type: ignore[misc]  # fsspec has no types
@@ -43,8 +47,11 @@ class _OneForEachRepository(type(AbstractFileSystem)):  # type: ignore[misc]  # 
         if repository is not None:
             options["repository"] = repository
         options = apply_config(cls, options)
-        chosen = options.get("repository")
-        if "cache_bytes" not in options or not chosen or chosen.startswith("file://."):
+        chosen = options.get("repository") or ""
+        if "cache_bytes" in options and chosen.startswith(_COMPLETE):
+            # As it comes from another process, whose project is not here.
+            options["repository"] = resolve_repository(chosen, Path("/"))
+        else:
             project = find_project(repository=chosen)
             options["repository"] = project.repository
             options.setdefault("cache_bytes", project.cache_size)
@@ -360,6 +367,10 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
         return tree, found
 
     def _read(self, paths: Sequence[str], starts: Sequence[Any], ends: Sequence[Any]) -> list[bytes]:
+        with gate.passing():
+            return self._read_ranges(paths, starts, ends)
+
+    def _read_ranges(self, paths: Sequence[str], starts: Sequence[Any], ends: Sequence[Any]) -> list[bytes]:
         ranges: list[Range] = []
         shown = ""
         try:
@@ -392,11 +403,17 @@ class ReplicateFileSystem(AbstractFileSystem, metaclass=_OneForEachRepository): 
     def _copy_to(self, path: str, file: Any, callback: Any) -> None:
         with os_errors(path):
             tree, found = self._find_file(path)
-            callback.set_size(found.node.size)
             whole = Range(tree.reader(found.node), 0, found.node.size)
-            for _, part in iter_parts(self._repository().repository, [whole], is_once=True):
-                file.write(part)
-                callback.relative_update(len(part))
+        callback.set_size(found.node.size)
+        parts = iter_parts(self._repository().repository, [whole], is_once=True)
+        while True:
+            # Not while they are written: that takes long.
+            with os_errors(path):
+                _, part = next(parts, (0, None))
+            if part is None:
+                return
+            file.write(part)
+            callback.relative_update(len(part))
 
     def _list_experiments(self) -> Iterator[dict[str, Any]]:
         for place in self._repository().names.list_experiments(self._max_age_s):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from replicate.errors import NotFound, NotStored, RepositoryDamaged, RepositoryIncompatible
 from replicate.ids import (
@@ -32,13 +32,13 @@ from replicate.records import (
     best_checkpoint,
     latest_checkpoint,
 )
+from replicate.wire import encode_time
+from replicated.browse import snapshot_ids
+from replicated.catalog import Catalog, CatalogEntry, Place
+from replicated.experiments import Resolution, choose_checkpoint, only_id
 from replicated.format.metadata import Snapshot
 from replicated.keys import snapshot_of
 from replicated.repository import Repository
-
-if TYPE_CHECKING:
-    from replicated.catalog import Catalog, CatalogEntry, Place
-    from replicated.experiments import Resolution
 
 #: How old what a name means, and a list of experiments, may be; mounts of a repository show no newer things.
 FRESH_S: Final = 1.0
@@ -117,9 +117,6 @@ class Names:
 
     def created_ns(self, meaning: Meaning) -> int:
         """When what an id shows was recorded."""
-        # Imported here: it takes the messages of the daemon with it, which who only reads files does without.
-        from replicate.wire import encode_time
-
         experiment_id = ExperimentId(meaning.experiment_id)
         if not meaning.checkpoint_id:
             return encode_time(self._repository.load_experiment(experiment_id).created)
@@ -174,8 +171,6 @@ class Names:
 
     def _ask_directly(self, experiment_id: ExperimentId, reference: Reference, text: str) -> Meaning:
         """What an experiment of a full id shows; raises `_NoExperiment` when there is none."""
-        from replicated.experiments import choose_checkpoint
-
         code = snapshot_of(experiment_id)
         if reference.selector == "code":
             try:
@@ -224,9 +219,6 @@ class Names:
         return sorted(found.values(), key=lambda record: (record.created, record.id))
 
     def _ask_catalog(self, catalog: Catalog, reference: Reference, text: str) -> Meaning:
-        # Imported here, as is the catalog.
-        from replicated.experiments import choose_checkpoint, only_id
-
         self._refresh_experiments(catalog)
         experiment_id = ""
         if reference.is_latest:
@@ -260,8 +252,6 @@ class Names:
 
     def _open_catalog(self) -> Catalog:
         if self._catalog is None:
-            from replicated.catalog import Catalog
-
             self._catalogs.mkdir(parents=True, exist_ok=True)
             self._catalog = Catalog(self._repository, self._catalogs)
         return self._catalog
@@ -295,14 +285,10 @@ def _summary(entry: CatalogEntry) -> ExperimentSummary:
 
 
 def _resolve_checkpoint(entry: CatalogEntry, checkpoint: CheckpointRecord) -> Resolution:
-    from replicated.experiments import Resolution
-
     return Resolution(_summary(entry), checkpoint, named_experiment=False, chosen="")
 
 
 def _meaning(resolution: Resolution, *, is_fixed: bool) -> Meaning:
-    from replicated.browse import snapshot_ids
-
     record, checkpoint = resolution.summary.record, resolution.checkpoint
     found: tuple[SnapshotId, ...] = ()
     if record.paths or (checkpoint is not None and checkpoint.paths) or resolution.summary.state == "failed":

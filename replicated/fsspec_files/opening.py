@@ -24,7 +24,7 @@ from replicate.ids import SnapshotId
 from replicated.cache import ContentCache
 from replicated.format.metadata import Snapshot
 from replicated.fsspec_files.naming import Names
-from replicated.repository import Repository
+from replicated.repository import MEMORY_BYTES, Repository
 from replicated.store import open_store
 from replicated.tree import Tree, overlay_roots
 
@@ -66,7 +66,10 @@ class OpenRepository:
             if source.cache_bytes and is_lasting and not store.capabilities.is_near:
                 content = ContentCache(directory / "content", source.cache_bytes)
                 stack.callback(content.close)
-            self.repository = Repository.open_on(store, cache=directory, create=False, content=content)
+            # A memory of its own: a lock of one that is shared could be held by nobody after a fork.
+            self.repository = Repository.open_on(
+                store, cache=directory, create=False, content=content, memory_bytes=MEMORY_BYTES
+            )
             stack.callback(self.repository.close)
             self.names = Names(self.repository, directory / "file-catalogs", self._load_snapshot)
             stack.callback(self.names.close)

@@ -160,6 +160,47 @@ def test_damage_is_an_error_that_names_it_and_never_other_bytes(saved, tmp_path)
     assert (tmp_path / "copy").read_bytes() == b""
 
 
+def test_a_record_that_cannot_be_read_is_damage_and_shows_nothing_else(saved, tmp_path):
+    repository = tmp_path / "damaged"
+    shutil.copytree(saved.url.removeprefix("file://"), repository)
+    record = repository / "checkpoints" / saved.experiment / f"{saved.checkpoints[1]}.json"
+    record.chmod(0o644)
+    record.write_bytes(record.read_bytes()[:-40])
+    fs = fsspec.filesystem("replicate", repository=f"file://{repository}")
+    for ask in (fs.cat_file, fs.exists, fs.info):
+        with pytest.raises(OSError, match="damaged") as raised:
+            ask(f"{saved.checkpoints[1]}/small.txt")
+        assert raised.value.errno == errno.EIO
+    assert fs.cat_file(f"{saved.checkpoints[0]}/small.txt") == b"step 1\n"
+    assert fs.cat_file(f"{saved.experiment}:best/small.txt") == b"step 1\n"
+
+
+def test_a_process_may_fork_while_its_threads_read(saved, fs):
+    expected = (saved.project / "big.bin").read_bytes()
+    path = saved.path("big.bin")
+    is_over = threading.Event()
+
+    def read():
+        while not is_over.is_set():
+            fs.cat_ranges([path] * 4, [0, 10**6, 2 * 10**6, 3 * 10**6], [9, 10**6 + 9, 3 * 10**6, 4 * 10**6])
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        for _ in range(8):
+            child = context.Process(target=lambda: queue.put(fs.cat_file(path) == expected))
+            child.start()
+            assert queue.get(timeout=60)
+            child.join()
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_threads_share_one_open_repository(saved):
     wrong = []
 
@@ -223,6 +264,10 @@ def test_options_travel_and_instances_are_shared(saved, fs, monkeypatch, tmp_pat
     # What was meant here is meant there, whatever is configured there.
     monkeypatch.chdir(tmp_path)
     assert pickle.loads(pickle.dumps(by_environment)).cat_file(saved.path("small.txt")) == b"small\n"
+    relative = os.path.relpath(saved.url.removeprefix("file://"))
+    for url in (f"file://{relative}", f"{saved.url}/"):
+        for options in ({}, {"cache_bytes": fs.source.cache_bytes}):
+            assert fsspec.filesystem("replicate", repository=url, **options) == fs
     (tmp_path / "replicate.yaml").write_text(f"repository: {saved.url}\ncache_size: off\n")
     by_file = fsspec.filesystem("replicate")
     assert by_file.source == (saved.url, 0, ()) and by_file != fs

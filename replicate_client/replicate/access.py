@@ -35,7 +35,7 @@ _COMMON: Final = frozenset(
 )
 _NAMES: Final[Mapping[Scheme, frozenset[str]]] = {
     "s3": frozenset({"BOTO_CONFIG"}),
-    "gs": frozenset({"GCLOUD_PROJECT", "STORAGE_EMULATOR_HOST"}),
+    "gs": frozenset({"GCLOUD_PROJECT", "NO_GCE_CHECK", "STORAGE_EMULATOR_HOST"}),
 }
 _PREFIXES: Final[Mapping[Scheme, tuple[str, ...]]] = {
     "s3": ("AWS_",),

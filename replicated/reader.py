@@ -211,7 +211,7 @@ class ChunkReader:
 
     def _read_around(self, nodes: Sequence[bytes]) -> dict[bytes, bytes]:
         """Those of the nodes that are found together with what lies around them."""
-        windows = plan_windows(self._index.locate(nodes), self._window_bytes)
+        windows = plan_windows(self.locate(nodes), self._window_bytes)
         if not windows or len(windows) > MAX_WINDOWS:
             return {}
 

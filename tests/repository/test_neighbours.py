@@ -79,6 +79,14 @@ def test_file_in_a_big_tree_costs_a_request_for_the_tree_and_one_for_its_data(op
     assert len(store.fetched) == 2
 
 
+def test_machine_that_has_seen_nothing_asks_once_for_the_tree(snapshot, store, tmp_path):
+    repository = Repository.open_on(store, cache=tmp_path / "other", create=False)
+    store.fetched.clear()
+    assert open_tree(repository, snapshot.id).find(b"d07/f007").size == len(FILES["d07/f007"])
+    assert len(store.fetched) == 1
+    repository.close()
+
+
 def test_list_of_chunks_comes_with_the_tree(opened, snapshot, store):
     tree = open_tree(opened(), snapshot.id)
     store.fetched.clear()

@@ -76,10 +76,11 @@ class Machine(Workspace):
             return own + cpu_seconds(Family().pids(self.find_daemon()))
         return own
 
-    def run(self, url: str, *arguments: str | Path) -> str:
-        """What `replicate` says."""
+    def run(self, url: str, *arguments: str | Path) -> bytes:
+        """What `replicate` prints."""
         command: Sequence[str | Path] = [_REPLICATE, "--repository", url, *arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        ran = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S)
         if ran.returncode:
-            raise SystemExit(f"error: `replicate {arguments[0]}` has failed: {ran.stderr.strip()}")
+            said = ran.stderr.decode(errors="replace").strip()
+            raise SystemExit(f"error: `replicate {arguments[0]}` has failed: {said}")
         return ran.stdout

@@ -43,6 +43,8 @@ def measure_open(machine: Machine, scale: Scale) -> list[Figure]:
             times.append(float(ran.stdout))
             alone.append(counted.total)
             progress(f"{counted.total} requests: {describe_kinds(counted.by_kind)}")
+            sizes = [f"{exchange.bytes_down:,}" for exchange in counted.of("GET", "packs")]
+            progress(f"bytes of packs: {', '.join(sizes)}")
             machine.forget(is_counted=True)
             with machine.bucket.counting() as counted:
                 machine.run(url, "cat", experiment, os.fsdecode(synthetic.OPENED))

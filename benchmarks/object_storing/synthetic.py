@@ -15,10 +15,10 @@ from replicate.ids import CheckpointId, ExperimentId, new_id
 from replicate.records import CheckpointRecord, ExperimentRecord
 from replicated.chunk.codec import RAW
 from replicated.format.builders import ContentBuilder
-from replicated.format.listing import build_index
+from replicated.format.listing import build_index, parse_index
 from replicated.format.manifest import TreeEntry
 from replicated.format.pack import DATA_PACK, ENTRY, HEADER, PackListing, Record
-from replicated.keys import index_key, levelled_name
+from replicated.keys import INDEX_PREFIX, index_key, levelled_name
 from replicated.publishing import Publication, publish_checkpoint, publish_experiment
 from replicated.repository import Repository
 from replicated.store.base import Buffer, Capabilities, KeyMissing, ObjectInfo
@@ -114,13 +114,20 @@ def claim_files(repository: Repository, claimed_bytes: int, *, is_merged: bool) 
         entries.append(TreeEntry(OPENED, "file", 0o644, 0, wanted))
         root = writer.add_tree(entries)
         writer.finish()
+    store = repository.store
     step = len(records) if is_merged else _INDEX_CHUNKS
     for start in range(0, len(records), step):
         listings = list(_list_packs(records[start : start + step], source))
+        if is_merged:
+            # With those of the packs that are there.
+            for info in list(store.list(INDEX_PREFIX)):
+                listings += parse_index(store.get(info.key))
+                store.delete(info.key)
         name = levelled_name(int(is_merged), source.randbytes(32).hex())
-        repository.store.put(index_key(name), [build_index(listings)])
+        store.put(index_key(name), [build_index(listings)])
     experiment = ExperimentId(new_id())
-    repository.put_experiment(ExperimentRecord(experiment, _BEGINNING), root)
+    record = ExperimentRecord(experiment, _BEGINNING, paths=("data",))
+    _put(repository, publish_experiment(record, root))
     return experiment
 
 

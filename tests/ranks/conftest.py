@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from servers import s3_servers
 
+from replicate._pb import daemon_pb2 as pb
+from replicate._pb import daemon_pb2_grpc as pb_grpc
 from replicate.ids import new_id
 from replicated.processes import identify, is_alive
 
@@ -52,17 +56,19 @@ class Rank:
         self.number = number
         #: Short: the path of a socket holds 107 bytes.
         self.home = Path(tempfile.mkdtemp(prefix="rk-"))
-        self.directory = directory / f"machine-{number}"
+        self.directory = directory / self.home.name
         self.directory.mkdir()
         self.environment = {**environment, "REPLICATE_HOME": str(self.home)}
         self.process = None
+        #: How a program is run there.
+        self.prefix = []
 
-    def start(self, script, **variables):
+    def start(self, script, *, arguments=(), **variables):
         """Start a process of this rank; a variable that is None is not set."""
         (self.directory / "train.py").write_text(script)
         environment = {**self.environment, **variables}
         self.process = subprocess.Popen(
-            [sys.executable, "train.py"],
+            [*self.prefix, sys.executable, "train.py", *arguments],
             cwd=self.directory,
             env={name: value for name, value in environment.items() if value is not None},
             stdin=subprocess.PIPE,
@@ -87,7 +93,7 @@ class Rank:
     def cli(self, *arguments):
         """Run the command line on this machine."""
         done = subprocess.run(
-            [sys.executable, "-m", "replicate.cli", *arguments],
+            [*self.prefix, sys.executable, "-m", "replicate.cli", *arguments],
             cwd=self.directory,
             env={**self.environment, "RANK": "0", "WORLD_SIZE": "1"},
             capture_output=True,
@@ -127,6 +133,22 @@ class Rank:
         os.kill(identity.pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(identity), "the daemon is gone")
 
+    def hurry(self, is_over):
+        """Wait for all that is captured, as a user does: what is stored meanwhile is stored at once.
+
+        Nothing is stored while the processors have other things to do, as when many tests run.
+        """
+        while not is_over.wait(0.1):
+            if not (self.home / "run" / "replicated.sock").exists():
+                continue
+            with grpc.insecure_channel(f"unix:{self.home}/run/replicated.sock") as channel:
+                stub = pb_grpc.DaemonStub(channel)
+                while not is_over.is_set():
+                    try:
+                        stub.WaitStored(pb.WaitStoredRequest(timeout_s=1), timeout=5)
+                    except grpc.RpcError:
+                        break
+
     def close(self):
         if self.process is not None:
             if self.process.poll() is None:
@@ -149,6 +171,8 @@ class Job:
         }
         self.environment |= {"REPLICATE_REPOSITORY": repository, **variables}
         self.ranks = []
+        self._is_over = threading.Event()
+        self._hurrying = []
 
     def make(self, size, **variables):
         """The machines of the job, all of them with the id of its experiment unless that is None."""
@@ -156,10 +180,16 @@ class Job:
         for number in range(size):
             environment = {**self.environment, "RANK": str(number), "WORLD_SIZE": str(size), **given}
             known = {name: value for name, value in environment.items() if value is not None}
-            self.ranks.append(Rank(number, self.directory, known))
-        return self.ranks
+            rank = Rank(number, self.directory, known)
+            self.ranks.append(rank)
+            self._hurrying.append(threading.Thread(target=rank.hurry, args=(self._is_over,)))
+            self._hurrying[-1].start()
+        return self.ranks[-size:]
 
     def close(self):
+        self._is_over.set()
+        for thread in self._hurrying:
+            thread.join()
         for rank in self.ranks:
             rank.close()
 

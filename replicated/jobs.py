@@ -104,9 +104,13 @@ class Jobs:
         #: Threads that wait for something to be stored, and until when that counts after they left.
         self._waiting = 0
         self._urgent_until = 0.0
-        #: Held while a job is published and while `removal` removes one: whichever comes second sees
-        #: what the first did, so a removed snapshot cannot appear afterwards.
-        self.publishing = threading.Lock()
+        #: By repository; see `publishing`.
+        self._publishing: dict[str, threading.Lock] = {}
+
+    def publishing(self, repository: str) -> threading.Lock:
+        """Who publishes there or removes holds it: so nothing that was removed can appear afterwards."""
+        with self._lock:
+            return self._publishing.setdefault(repository, threading.Lock())
 
     def start(self) -> None:
         """Continue what the journal holds; call once."""
@@ -356,7 +360,7 @@ class _Worker:
         if job.kind != "experiment" and not rank:
             self._check_experiment(repository, job)
         if job.kind == "edit":
-            with jobs.publishing:
+            with jobs.publishing(job.repository):
                 put_edit(repository, job)
             self._finish(job)
         elif rank is not None:
@@ -383,7 +387,7 @@ class _Worker:
             raise RepositoryUnreachable(
                 f"what {short(job.id)} relies on in {job.repository} is collected again and again"
             )
-        with jobs.publishing:
+        with jobs.publishing(job.repository):
             if not self._is_wanted(job):
                 repository.publisher.withdraw(publication)
                 self._forget(job)
@@ -398,7 +402,7 @@ class _Worker:
         """Commit what has become of a checkpoint that several processes made."""
         jobs = self._jobs
         self._parts.forget(job.id)
-        with jobs.publishing:
+        with jobs.publishing(job.repository):
             if not self._is_wanted(job):
                 # Removed while it was published.
                 repository.delete_checkpoint(job.experiment_id, CheckpointId(job.subject_id))
@@ -409,7 +413,7 @@ class _Worker:
         self, repository: Repository, job: Job, publication: Publication, stored: StoredTree
     ) -> bool:
         """Announce what has been stored; whether all of it is there to stay."""
-        with self._jobs.publishing:
+        with self._jobs.publishing(job.repository):
             if not self._is_wanted(job):
                 return True  # nothing is committed
             repository.publisher.announce(publication)
@@ -464,7 +468,7 @@ class _Worker:
         jobs = self._jobs
         try:
             repository = jobs._repositories.get(job.repository)
-            with jobs.publishing:
+            with jobs.publishing(job.repository):
                 if not self._is_wanted(job):
                     self._forget(job)
                     return

@@ -87,7 +87,7 @@ class Removal:
         opened = self._open(repository, plan)
         for item in plan:
             jobs = [job.id for job in self._jobs_of(item)]
-            with self._jobs.publishing:
+            with self._jobs.publishing(repository):
                 self._journal.remove(jobs, time.time_ns())
                 if item.kind == "experiment":
                     self._journal.end_run(item.experiment_id)

@@ -855,6 +855,46 @@ class DiskUsageReply(_message.Message):
     unreadable: _containers.RepeatedCompositeFieldContainer[UnreadableSnapshot]
     def __init__(self, experiments: _Optional[_Iterable[_Union[DiskUsage, _Mapping]]] = ..., total: _Optional[_Union[DiskUsage, _Mapping]] = ..., unreferenced_bytes: _Optional[int] = ..., unreadable: _Optional[_Iterable[_Union[UnreadableSnapshot, _Mapping]]] = ...) -> None: ...
 
+class CollectRequest(_message.Message):
+    __slots__ = ("repository", "dry_run")
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    repository: str
+    dry_run: bool
+    def __init__(self, repository: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+
+class CollectEvent(_message.Message):
+    __slots__ = ("step", "done", "total", "report")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    step: str
+    done: int
+    total: int
+    report: CollectReport
+    def __init__(self, step: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., report: _Optional[_Union[CollectReport, _Mapping]] = ...) -> None: ...
+
+class CollectReport(_message.Message):
+    __slots__ = ("packs", "size_bytes", "kept_packs", "kept_bytes", "unneeded_bytes", "spared_bytes", "announced", "announced_age_s")
+    PACKS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_PACKS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNNEEDED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCED_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    packs: int
+    size_bytes: int
+    kept_packs: int
+    kept_bytes: int
+    unneeded_bytes: int
+    spared_bytes: int
+    announced: int
+    announced_age_s: float
+    def __init__(self, packs: _Optional[int] = ..., size_bytes: _Optional[int] = ..., kept_packs: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., unneeded_bytes: _Optional[int] = ..., spared_bytes: _Optional[int] = ..., announced: _Optional[int] = ..., announced_age_s: _Optional[float] = ...) -> None: ...
+
 class ProbeRequest(_message.Message):
     __slots__ = ("repository", "store")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]

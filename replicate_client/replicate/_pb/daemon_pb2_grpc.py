@@ -124,6 +124,11 @@ class DaemonStub(object):
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.DiskUsageRequest.SerializeToString,
                 response_deserializer=replicate_dot___pb_dot_daemon__pb2.DiskUsageReply.FromString,
                 )
+        self.Collect = channel.unary_stream(
+                '/replicate.v1.Daemon/Collect',
+                request_serializer=replicate_dot___pb_dot_daemon__pb2.CollectRequest.SerializeToString,
+                response_deserializer=replicate_dot___pb_dot_daemon__pb2.CollectEvent.FromString,
+                )
         self.ProbeRepository = channel.unary_unary(
                 '/replicate.v1.Daemon/ProbeRepository',
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.ProbeRequest.SerializeToString,
@@ -274,6 +279,13 @@ class DaemonServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Collect(self, request, context):
+        """Deletes what nothing needs. The last event has the report; ending the call ends the work, which is safe.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ProbeRepository(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -392,6 +404,11 @@ def add_DaemonServicer_to_server(servicer, server):
                     servicer.GetDiskUsage,
                     request_deserializer=replicate_dot___pb_dot_daemon__pb2.DiskUsageRequest.FromString,
                     response_serializer=replicate_dot___pb_dot_daemon__pb2.DiskUsageReply.SerializeToString,
+            ),
+            'Collect': grpc.unary_stream_rpc_method_handler(
+                    servicer.Collect,
+                    request_deserializer=replicate_dot___pb_dot_daemon__pb2.CollectRequest.FromString,
+                    response_serializer=replicate_dot___pb_dot_daemon__pb2.CollectEvent.SerializeToString,
             ),
             'ProbeRepository': grpc.unary_unary_rpc_method_handler(
                     servicer.ProbeRepository,
@@ -779,6 +796,23 @@ class Daemon(object):
         return grpc.experimental.unary_unary(request, target, '/replicate.v1.Daemon/GetDiskUsage',
             replicate_dot___pb_dot_daemon__pb2.DiskUsageRequest.SerializeToString,
             replicate_dot___pb_dot_daemon__pb2.DiskUsageReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Collect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/replicate.v1.Daemon/Collect',
+            replicate_dot___pb_dot_daemon__pb2.CollectRequest.SerializeToString,
+            replicate_dot___pb_dot_daemon__pb2.CollectEvent.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -101,7 +101,7 @@ def run(script: str, directory: Path, environment: dict[str, str]) -> str:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=110,
+        timeout=300,
     )
     return done.stdout
 

@@ -94,6 +94,9 @@ def judge(situation: Situation) -> Verdict:
     patience_s = part.patience_s or PATIENCE_S
     if not part.patience_s and (part.rank or all(members.get(rank) == "joined" for rank in missing)):
         patience_s = JOINED_PATIENCE_S
+    if part.rank:
+        # Rank 0 is to be the first that gives up: it records why, and who is missing.
+        patience_s *= 2
     names = f"{name_ranks(missing)} of {part.world_size}"
     if situation.quiet_s >= patience_s:
         return Verdict("fail", f"the files of {names} did not come within {_format_duration(patience_s)}")

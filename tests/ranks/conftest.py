@@ -22,7 +22,7 @@ from replicate._pb import daemon_pb2_grpc as pb_grpc
 from replicate.ids import new_id
 from replicated.processes import identify, is_alive
 
-DEADLINE_S = 90.0
+DEADLINE_S = 150.0
 _numbers = itertools.count()
 
 

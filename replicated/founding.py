@@ -54,7 +54,7 @@ def _refuse_headless(store: Store) -> None:
 def load_settings(store: Store) -> RepositorySettings:
     """What a repository says of itself; raises `RepositoryMissing` when there is none."""
     try:
-        return decode_object(store, SETTINGS_KEY, decode_settings)
+        return decode_object(store.url, SETTINGS_KEY, store.get(SETTINGS_KEY), decode_settings)
     except KeyMissing:
         _refuse_headless(store)
         raise RepositoryMissing(
@@ -63,20 +63,19 @@ def load_settings(store: Store) -> RepositorySettings:
         ) from None
 
 
-def decode_object(store: Store, key: str, decode: Callable[[bytes], T]) -> T:
-    """A decoded object; raises `KeyMissing`, `RepositoryDamaged`, `RepositoryIncompatible`."""
-    data = store.get(key)
+def decode_object(url: str, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
+    """A decoded object of the store at `url`; raises `RepositoryDamaged`, `RepositoryIncompatible`."""
     try:
         return decode(data)
     except Malformed as error:
         raise RepositoryDamaged(
-            f"{key} in {store.url} is damaged: {error}",
+            f"{key} in {url} is damaged: {error}",
             hint="the rest of the repository can still be read",
             fields={"key": key},
         ) from error
     except NewerFormat as error:
         raise RepositoryIncompatible(
-            f"{key} in {store.url} was written by a newer version: {error}",
+            f"{key} in {url} was written by a newer version: {error}",
             hint="upgrade replicate-vcs; nothing was changed",
             fields={"key": key},
         ) from error

@@ -177,7 +177,7 @@ def load_records(repository: Repository, announced: Iterable[Announced]) -> dict
 
     def load(key: Announced) -> tuple[Announced, bytes | None]:
         try:
-            return key, store.get(key.record_key)
+            return key, repository.read_record(key.record_key)
         except KeyMissing:
             return key, None
 

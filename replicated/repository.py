@@ -55,6 +55,7 @@ from replicated.publishing import (
     publish_removal,
 )
 from replicated.reader import ChunkMemory, ChunkReader
+from replicated.recent_records import RecentRecords
 from replicated.store import open_store
 from replicated.store.base import KeyMissing, Store
 
@@ -94,6 +95,7 @@ class Repository:
         self._log = Log(store)
         self._index = Index(cache / "index", settings.id, store, self._log)
         self._publisher = Publisher(store, self._index)
+        self._recent = RecentRecords(store) if store.capabilities.has_costly_requests else None
         memory = _MEMORY if memory_bytes is None else ChunkMemory(memory_bytes)
         self._reader = ChunkReader(store, self._index, memory, self._content)
         # Guards the memories, which are there once something was written.
@@ -251,6 +253,8 @@ class Repository:
 
     def _announce_removal(self, experiment_id: ExperimentId, removed_id: str) -> None:
         """Tell those who do not list all records that one of them is gone."""
+        if self._recent is not None:
+            self._recent.forget()
         if self._store.capabilities.has_costly_requests:
             self._publisher.announce(publish_removal(experiment_id, removed_id, utc_now()))
 
@@ -437,8 +441,12 @@ class Repository:
         names = (id_of_record(info.key.removeprefix(prefix)) for info in self._store.list(prefix))
         return [name for name in names if name]
 
+    def read_record(self, key: str) -> bytes:
+        """The bytes of a record, perhaps of a moment ago where requests are costly; raises `KeyMissing`."""
+        return self._recent.get(key) if self._recent is not None else self._store.get(key)
+
     def _load(self, key: str, decode: Callable[[bytes], T]) -> T:
-        return decode_object(self._store, key, decode)
+        return decode_object(self.url, key, self.read_record(key), decode)
 
     def _check_id(self, key: str, found: str, expected: str) -> None:
         if found != expected:

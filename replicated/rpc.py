@@ -27,6 +27,7 @@ from replicated.browse import Browser, file_entry
 from replicated.checkout.planning import plan
 from replicated.checkout.progress import progress_of
 from replicated.checkout.writing import execute
+from replicated.collecting.running import Collecting
 from replicated.experiments import Experiments
 from replicated.intake import Accepted, Intake
 from replicated.jobs import Jobs
@@ -42,6 +43,7 @@ from replicated.messages import (
     decode_target,
     decode_terms,
     encode_captured,
+    encode_collecting,
     encode_engine,
     encode_failure,
     encode_mount,
@@ -91,6 +93,7 @@ class Services:
     experiments: Experiments
     browser: Browser
     removal: Removal
+    collecting: Collecting
     mounts: MountTable
     access: Access
     standings: Standings
@@ -451,10 +454,21 @@ class _Servicer(pb_grpc.DaemonServicer):
             measure(services.experiments, services.repositories, repository, request.ids)
         )
 
+    def Collect(self, request: pb.CollectRequest, context: grpc.ServicerContext) -> Iterator[pb.CollectEvent]:
+        """Not decorated: it has to notice that the client has gone, and stop."""
+        with answering(self, context, "Collect"):
+            repository = check_repository(request.repository)
+            events = self._services.collecting.run(
+                repository, is_dry_run=request.dry_run, is_wanted=context.is_active
+            )
+            yield from map(encode_collecting, events)
+
     @unary
     def ProbeRepository(self, request: pb.ProbeRequest) -> pb.ProbeReply:
         url = check_repository(request.repository)
-        steps = probe(self._services.repositories, url, is_store=request.store)
+        services = self._services
+        environment = services.access.environment(url)
+        steps = probe(services.repositories, url, is_store=request.store, environment=environment)
         return pb.ProbeReply(steps=map(encode_probe_step, steps))
 
 

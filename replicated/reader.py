@@ -349,7 +349,11 @@ class ChunkReader:
     ) -> dict[bytes, bytes]:
         capabilities = self._store.capabilities
         is_near = capabilities.is_near
-        longest = MAX_NEAR_READ_BYTES if is_near else capabilities.max_read_bytes
+        # What goes beyond a request by less than a gap is not worth another one: ranges of files begin and
+        # end within chunks, so what they need is nearly always a little longer than they are.
+        longest = capabilities.max_read_bytes + max(0, capabilities.max_gap_bytes)
+        if is_near:
+            longest = MAX_NEAR_READ_BYTES
         runs = list(_join_neighbours(places, capabilities.max_gap_bytes, longest))
 
         def read(run: _Run) -> dict[bytes, bytes]:

@@ -1,6 +1,7 @@
 """What is read from a store that is not near: kept, fetched in parallel, fetched again when it was hit."""
 
 import logging
+import random
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from replicate.errors import RepositoryDamaged
 from replicated.cache import ContentCache
 from replicated.chunk.codec import hash_chunk
 from replicated.damages import DAMAGE_KEPT_S
+from replicated.file_reader import FileReader
 from replicated.keys import PACK_PREFIX
 from replicated.reader import ChunkMemory, ChunkReader
 from replicated.references import iter_chunks
@@ -266,3 +268,19 @@ def test_what_is_not_to_be_cached_is_not_but_is_found_there(opened, snapshot, st
     store.fetched.clear()
     assert b"".join(tree.reader(node).iter_parts(0, node.size, is_cached=False)) == content
     assert store.fetched == []
+
+
+def test_range_of_a_file_as_long_as_a_request_takes_one(opened, store):
+    store.told = Capabilities(has_costly_requests=True, max_read_bytes=1 << 20, max_gap_bytes=1 << 19)
+    # So much is stored in order by one thread.
+    content = random.Random(1).randbytes(4_000_000)
+    repository = opened(None)
+    with repository.writer() as writer:
+        saved = writer.add_file(content)
+        writer.finish()
+    reader = FileReader(opened(None), saved)
+    offset = 1_500_000
+    store.fetched.clear()
+    # It begins and ends within chunks, so what is fetched is longer.
+    assert reader.pread(offset, 1 << 20) == content[offset : offset + (1 << 20)]
+    assert [size > 1 << 20 for key, _, size in store.fetched if size > 100_000] == [True]

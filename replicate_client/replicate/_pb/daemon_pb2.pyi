@@ -422,16 +422,26 @@ class Resolution(_message.Message):
     def __init__(self, summary: _Optional[_Union[ExperimentSummary, _Mapping]] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., named_experiment: bool = ..., chosen: _Optional[str] = ...) -> None: ...
 
 class ListExperimentsRequest(_message.Message):
-    __slots__ = ("repository", "filters", "sort", "limit")
+    __slots__ = ("repository", "filters", "sort", "limit", "only_ids")
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     FILTERS_FIELD_NUMBER: _ClassVar[int]
     SORT_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    ONLY_IDS_FIELD_NUMBER: _ClassVar[int]
     repository: str
     filters: _containers.RepeatedScalarFieldContainer[str]
     sort: str
     limit: int
-    def __init__(self, repository: _Optional[str] = ..., filters: _Optional[_Iterable[str]] = ..., sort: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+    only_ids: bool
+    def __init__(self, repository: _Optional[str] = ..., filters: _Optional[_Iterable[str]] = ..., sort: _Optional[str] = ..., limit: _Optional[int] = ..., only_ids: bool = ...) -> None: ...
+
+class SummaryBatch(_message.Message):
+    __slots__ = ("summaries", "ids")
+    SUMMARIES_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    summaries: _containers.RepeatedScalarFieldContainer[bytes]
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, summaries: _Optional[_Iterable[bytes]] = ..., ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FileEntry(_message.Message):
     __slots__ = ("path", "type", "mode", "size", "mtime_s", "mtime_nanos", "hash", "target")

@@ -54,6 +54,11 @@ class DaemonStub(object):
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.SerializeToString,
                 response_deserializer=replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.FromString,
                 )
+        self.ListSummaries = channel.unary_stream(
+                '/replicate.v1.Daemon/ListSummaries',
+                request_serializer=replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.SerializeToString,
+                response_deserializer=replicate_dot___pb_dot_daemon__pb2.SummaryBatch.FromString,
+                )
         self.Resolve = channel.unary_unary(
                 '/replicate.v1.Daemon/Resolve',
                 request_serializer=replicate_dot___pb_dot_daemon__pb2.Target.SerializeToString,
@@ -188,6 +193,13 @@ class DaemonServicer(object):
 
     def ListExperiments(self, request, context):
         """Reading. An id may be any form that the command line takes (`EXP:best`, `latest`, a prefix, …).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSummaries(self, request, context):
+        """The same for people who look at many: only what lists show, and many in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -334,6 +346,11 @@ def add_DaemonServicer_to_server(servicer, server):
                     servicer.ListExperiments,
                     request_deserializer=replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.FromString,
                     response_serializer=replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.SerializeToString,
+            ),
+            'ListSummaries': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListSummaries,
+                    request_deserializer=replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.FromString,
+                    response_serializer=replicate_dot___pb_dot_daemon__pb2.SummaryBatch.SerializeToString,
             ),
             'Resolve': grpc.unary_unary_rpc_method_handler(
                     servicer.Resolve,
@@ -558,6 +575,23 @@ class Daemon(object):
         return grpc.experimental.unary_stream(request, target, '/replicate.v1.Daemon/ListExperiments',
             replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.SerializeToString,
             replicate_dot___pb_dot_daemon__pb2.ExperimentSummary.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ListSummaries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/replicate.v1.Daemon/ListSummaries',
+            replicate_dot___pb_dot_daemon__pb2.ListExperimentsRequest.SerializeToString,
+            replicate_dot___pb_dot_daemon__pb2.SummaryBatch.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

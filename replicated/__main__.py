@@ -1,4 +1,4 @@
-"""The command `replicated`: the daemon, and the processes that serve one mount or store its snapshots.
+"""The command `replicated`: the daemon, and the processes that serve mounts, store or collect.
 
 People use `replicate`, which starts these on demand.
 """
@@ -32,6 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from replicated.snapshot import store_process
 
         return store_process.main(arguments[1:])
+    if arguments[:1] == ["gc-process"]:
+        from replicated.priority import take_low_priority
+
+        # Somebody waits for it.
+        take_low_priority(is_urgent=True)
+        from replicated.collecting import process as collecting_process
+
+        return collecting_process.main()
     return _serve(_parse(arguments))
 
 

@@ -29,6 +29,7 @@ from replicate.errors import DaemonUnavailable
 from replicate.home import PRIVATE_MODE, Home, make_private
 from replicated.admission import Admission
 from replicated.browse import Browser
+from replicated.collecting.running import Collecting
 from replicated.experiments import Experiments
 from replicated.heap import keep_memory
 from replicated.heartbeats import Heartbeats
@@ -36,6 +37,7 @@ from replicated.intake import Intake
 from replicated.jobs import Frozen, Jobs
 from replicated.journal import Journal
 from replicated.liveness import RunWatcher
+from replicated.mount.life.persisting import leased_snapshots
 from replicated.mount.life.supervising import Supervisor
 from replicated.mount.life.table import MountTable
 from replicated.patience import Patience
@@ -220,6 +222,9 @@ def _build(home: Home, stack: ExitStack, stop: threading.Event, upload_limit: in
             experiments=experiments,
             browser=Browser(experiments, repositories, home.cache),
             removal=Removal(journal, capturer, jobs, experiments, repositories, mounts),
+            collecting=Collecting(
+                home.cache, journal, repositories, access, lambda url: leased_snapshots(home, url)
+            ),
             mounts=mounts,
             access=access,
             standings=standings,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from replicate.errors import InvalidArgument
 from replicate.ids import ExperimentId, is_id
 from replicate.records import ProcessIdentity
 from replicated.admission import DEFAULT_QUEUE_BYTES, DEFAULT_SPOOL_BYTES, Bounds
+from replicated.collecting.collector import CollectReport
+from replicated.collecting.running import CollectProgress
 from replicated.experiments import Resolution
 from replicated.format.shards import RankEdit
 from replicated.intake import Terms
@@ -286,6 +289,13 @@ def encode_probe_step(finding: Finding) -> pb.ProbeStep:
         outcome=finding.outcome,
         value=finding.value,
     )
+
+
+def encode_collecting(event: CollectProgress | CollectReport) -> pb.CollectEvent:
+    """How far a collection is, or what it has done."""
+    if isinstance(event, CollectReport):
+        return pb.CollectEvent(report=pb.CollectReport(**dataclasses.asdict(event)))
+    return pb.CollectEvent(step=event.step, done=event.done, total=event.total)
 
 
 def encode_usage_report(report: UsageReport) -> pb.DiskUsageReply:

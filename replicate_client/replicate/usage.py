@@ -5,8 +5,8 @@ The command line is built on this module. docs/concepts.md defines the figures, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from replicate import connection
@@ -102,6 +102,46 @@ def disk_usage(repository: str, references: Sequence[str] = ()) -> DiskUsageRepo
             for message in reply.unreadable
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class CollectReport:
+    """What `gc` has deleted, or would delete; all but `announced` and the ages are packs and bytes."""
+
+    packs: int
+    size_bytes: int
+    kept_packs: int
+    kept_bytes: int
+    #: The part of `kept_bytes` that nothing needs, in packs with what is needed.
+    unneeded_bytes: int
+    #: The part of `kept_bytes` that nothing needs yet, but that may belong to an upload.
+    spared_bytes: int
+    #: Experiments and checkpoints that are announced and not committed, and the age of the oldest of them.
+    announced: int
+    announced_age_s: float
+
+
+class CollectProgress(NamedTuple):
+    """How far a collection is; a total of 0 is not known."""
+
+    step: str
+    done: int
+    total: int
+
+
+def collect(repository: str, *, dry_run: bool = False) -> Iterator[CollectProgress | CollectReport]:
+    """Delete what nothing needs, or with `dry_run` say how much that is: progress, and at last a report.
+
+    Ending the iteration early ends the work, which is safe. Errors as for the functions of `query`; nothing
+    was deleted when the repository is damaged.
+    """
+    request = pb.CollectRequest(repository=repository, dry_run=dry_run)
+    for event in connection.stream("Collect", request, pb.CollectEvent):
+        if event.HasField("report"):
+            names = (field.name for field in fields(CollectReport))
+            yield CollectReport(**{name: getattr(event.report, name) for name in names})
+        else:
+            yield CollectProgress(event.step, event.done, event.total)
 
 
 def _decode_disk_usage(message: pb.DiskUsage) -> DiskUsage:

@@ -26,12 +26,13 @@ _REPORT_S: Final = 0.2
 def main() -> int:
     """Do what the order says; the exit status is 0 whenever the answer says what came of it."""
     order = json.load(sys.stdin)
-    reported = {"step": "", "at": 0.0}
+    reported: tuple[str, float] = "", 0.0
 
     def report(step: str, done: int, total: int) -> None:
+        nonlocal reported
         now = time.monotonic()
-        if step != reported["step"] or now - float(reported["at"]) >= _REPORT_S:
-            reported.update(step=step, at=now)
+        if step != reported[0] or now - reported[1] >= _REPORT_S:
+            reported = step, now
             _say({"step": step, "done": done, "total": total})
 
     try:

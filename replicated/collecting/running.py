@@ -6,6 +6,7 @@ import json
 import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,19 @@ from typing import Any, Final
 
 from replicate.errors import InternalError, from_code
 from replicated.collecting.collector import CollectReport
-from replicated.reaching import process_environment
+from replicated.journal import Journal
+from replicated.reaching import Access, process_environment
+from replicated.repositories import OpenRepositories
 
 #: So often it is asked whether somebody still wants it.
 _POLL_S: Final = 0.5
+#: The clocks of this machine and of a store may differ by so much.
+_MARGIN_S: Final = 300.0
 _COMMAND: Final = (sys.executable, "-m", "replicated", "gc-process")
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class CollectProgress:
     """How far a collection is."""
 
     step: str
@@ -29,27 +34,51 @@ class Progress:
     total: int
 
 
-def run_collection(
-    repository: str,
-    cache: Path,
-    *,
-    leased: Iterable[str],
-    is_dry_run: bool,
-    upload_age_s: float,
-    environment: Mapping[str, str] | None,
-    is_wanted: Callable[[], bool],
-) -> Iterator[Progress | CollectReport]:
-    """Collect garbage in a process of its own: its progress, and at last its report.
+class Collecting:
+    """Starts collections; called by `rpc`, from any thread."""
 
-    Raises as `collect`. When nobody wants it any more, or the generator is closed, the process is killed.
-    """
-    order = {
-        "repository": repository,
-        "cache": str(cache),
-        "leased": sorted(leased),
-        "dry_run": is_dry_run,
-        "upload_age_s": upload_age_s,
-    }
+    def __init__(
+        self,
+        cache: Path,
+        journal: Journal,
+        repositories: OpenRepositories,
+        access: Access,
+        leased: Callable[[str], Iterable[str]],
+    ) -> None:
+        """`leased` gives the snapshots of a repository that are mounted here."""
+        self._cache = cache
+        self._leased = leased
+        self._journal = journal
+        self._repositories = repositories
+        self._access = access
+
+    def run(
+        self, repository: str, *, is_dry_run: bool, is_wanted: Callable[[], bool]
+    ) -> Iterator[CollectProgress | CollectReport]:
+        """Collect garbage in a process of its own: its progress, and at last its report.
+
+        Raises as `collect`. When nobody wants it any more, or the generator is closed, the process is killed.
+        """
+        self._repositories.get(repository)  # tells what is wrong with it better than another process
+        now = time.time_ns()
+        ages = [(now - job.created_ns) / 1e9 + _MARGIN_S for job in self._journal.captured(repository)]
+        return _run(
+            {
+                "repository": repository,
+                "cache": str(self._cache),
+                "leased": sorted(self._leased(repository)),
+                "dry_run": is_dry_run,
+                # What is being stored now has no pack that is older.
+                "upload_age_s": max(ages, default=0.0),
+            },
+            self._access.environment(repository),
+            is_wanted,
+        )
+
+
+def _run(
+    order: Mapping[str, Any], environment: Mapping[str, str] | None, is_wanted: Callable[[], bool]
+) -> Iterator[CollectProgress | CollectReport]:
     process = subprocess.Popen(
         _COMMAND,
         stdin=subprocess.PIPE,
@@ -80,7 +109,7 @@ def run_collection(
                     return
                 if "error" in answer:
                     raise _error(*answer["error"])
-                yield Progress(answer["step"], answer["done"], answer["total"])
+                yield CollectProgress(answer["step"], answer["done"], answer["total"])
     finally:
         process.kill()
         process.wait()

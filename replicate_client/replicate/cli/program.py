@@ -31,6 +31,7 @@ class _Program(Group):
         "flush": (f"{_PACKAGE}.storing", "flush"),
         "rm": (f"{_PACKAGE}.removing", "rm"),
         "du": (f"{_PACKAGE}.storing", "du"),
+        "gc": (f"{_PACKAGE}.collecting", "gc"),
         "doctor": (f"{_PACKAGE}.doctor", "doctor"),
         "daemon": (f"{_PACKAGE}.daemon", "daemon"),
         "completion": (f"{_PACKAGE}.completion", "completion"),

@@ -112,13 +112,12 @@ def read_listing(objects: Iterable[ObjectInfo]) -> LogListing:
                 new[announced] = info
             else:
                 unknown.add(key)
-        elif key.startswith(INDEX_PREFIX):
-            if _LEVELLED_NAME.fullmatch(name := key.removeprefix(INDEX_PREFIX)):
-                index[name] = info
-        elif key.startswith(SEGMENT_PREFIX):
-            if _LEVELLED_NAME.fullmatch(name := key.removeprefix(SEGMENT_PREFIX)):
-                segments[name] = info
-            is_complete = is_complete or key == COMPLETE_KEY
+        elif key.startswith(INDEX_PREFIX) and _LEVELLED_NAME.fullmatch(key, len(INDEX_PREFIX)):
+            index[key.removeprefix(INDEX_PREFIX)] = info
+        elif key.startswith(SEGMENT_PREFIX) and _LEVELLED_NAME.fullmatch(key, len(SEGMENT_PREFIX)):
+            segments[key.removeprefix(SEGMENT_PREFIX)] = info
+        elif key == COMPLETE_KEY:
+            is_complete = True
         elif found := _CONDEMNED_KEY.fullmatch(key):
             condemned.add(found.group(1))
         else:

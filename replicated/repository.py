@@ -243,7 +243,6 @@ class Repository:
         self._announce_removal(experiment_id, experiment_id)
         announced = [key for key in self._log.list().new if key.experiment_id == experiment_id]
         self._store.delete(
-            heartbeat_key(experiment_id),
             *self._list_keys(f"{CHECKPOINT_PREFIX}{experiment_id}/"),
             *self._list_keys(f"{SHARD_PREFIX}{experiment_id}/"),
             *self._list_keys(f"{EDIT_PREFIX}{experiment_id}/"),

@@ -38,6 +38,8 @@ from replicated.store.base import KeyMissing, Store
 #: Rows that are merged at once: as many as may be, because with millions of chunks each merge writes most
 #: pages of the table, but other processes must not wait for longer than `sqlite.BUSY_TIMEOUT_S`.
 MAX_MERGED_ROWS: Final = 1 << 19
+# As often it is listed again because objects were merged before they could be read.
+_MOST_LISTINGS: Final = 5
 #: The inner pages of ten million chunks take 6 MiB.
 _CACHE_KIB = 16 << 10
 #: What the write-ahead log may keep of the disk after a large merge.
@@ -89,6 +91,8 @@ class Index:
         )
         self._lock = threading.RLock()
         self._damaged: frozenset[str] = frozenset()
+        # Whether an index object was gone when it was to be read.
+        self._has_missed = False
         #: Of the file that is open.
         self._number = 0
         try:
@@ -212,6 +216,12 @@ class Index:
     def _take(self, listing: LogListing, known: set[str]) -> LogListing:
         """Take in what a listing shows, and give up what of `known` it does not show."""
         self._load_new(listing)
+        for _ in range(_MOST_LISTINGS):
+            if not self._has_missed:
+                break
+            # Merged with others since it was listed: another listing shows what they have become.
+            listing = self._log.list()
+            self._load_new(listing)
         vanished = known.difference(listing.index)
         if vanished:
             self._forget(vanished)
@@ -235,6 +245,7 @@ class Index:
         with self._connection as connection:
             connection.executemany("UPDATE objects SET is_listed = 1 WHERE name = ? AND NOT is_listed", seen)
         damaged: set[str] = set()
+        self._has_missed = False
         new = sorted(listing.index.keys() - known)
         self._insert(self._load_objects(new, damaged), is_listed=True)
         self._damaged = frozenset(damaged)
@@ -304,7 +315,7 @@ class Index:
             try:
                 yield name, parse_index(self._store.get(key))
             except KeyMissing:
-                continue
+                self._has_missed = True
             except Malformed as error:
                 damaged.add(key)
                 _log.warning("index object %s in %s is damaged: %s", key, self._store.url, error)

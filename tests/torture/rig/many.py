@@ -18,15 +18,17 @@ from typing import NamedTuple
 
 from rig.turns import Killed
 
-from replicate.errors import NotFound, NotStored, ReplicateError, RepositoryUnreachable
+from replicate.errors import NotFound, NotStored, ReplicateError, RepositoryDamaged, RepositoryUnreachable
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId
 from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
+from replicated.collecting import collect
 from replicated.format.manifest import RootNode, TreeEntry
 from replicated.keys import snapshot_of
 from replicated.publishing import publish_checkpoint, publish_experiment
 from replicated.repository import Repository
 from replicated.store.base import Store
 from replicated.tree import open_tree
+from replicated.upkeep import keep_up
 
 Files = Mapping[str, bytes]
 
@@ -216,6 +218,7 @@ class Writer(Machine):
                 model.happened["saved"] += 1
             if is_experiment:
                 self._experiment = snapshot.experiment
+            keep_up(repository)
 
         self._pending = finish
         finish(repository)
@@ -259,11 +262,19 @@ class Reader(Machine):
 
 
 class Collector(Machine):
-    """Frees what nothing references, again and again."""
+    """Frees what nothing references, again and again, also what may belong to an upload."""
 
     def act(self, repository: Repository) -> None:
-        self.fleet.collect(repository)
-        self.fleet.model.happened["collected"] += 1
+        try:
+            report = collect(repository, unlisted_age_s=self.random.choice([0, 1e9]))
+        except RepositoryDamaged:
+            # It had listed what was removed meanwhile, and the other collector was faster. Whether anything
+            # is damaged, readers find out.
+            self.fleet.model.happened["collections given up"] += 1
+            return
+        with self.fleet.model.lock:
+            self.fleet.model.happened["collections"] += 1
+            self.fleet.model.happened["packs collected"] += report.packs
 
 
 class Fleet:
@@ -275,12 +286,10 @@ class Fleet:
         seed: int,
         make_store: Callable[[str], Store],
         *,
-        collect: Callable[[Repository], None] | None,
         has_faults: bool,
     ) -> None:
         self.directory = directory
         self.make_store = make_store
-        self.collect = collect
         self.has_faults = has_faults
         self.model = Model()
         #: Whoever has finished what it does begins nothing more.
@@ -291,8 +300,7 @@ class Fleet:
         self._pool = [random.randbytes(random.choice([10, 3000, 40_000])) for _ in range(24)]
         names = [(Writer, f"writer-{number}") for number in range(3)]
         names += [(Reader, f"reader-{number}") for number in range(2)]
-        if collect is not None:
-            names += [(Collector, f"collector-{number}") for number in range(2)]
+        names += [(Collector, f"collector-{number}") for number in range(2)]
         self.machines = [kind(self, name, f"{seed} {name}") for kind, name in names]
         self.failures: list[BaseException] = []
 

@@ -90,7 +90,9 @@ def test_other_ranks_may_be_first(any_job):
 
 def test_a_part_that_waits_holds_up_nothing_and_outlives_its_daemon(any_job, wait_until):
     ranks = any_job.make(2)
-    ranks[0].run(TRAIN + 'experiment.checkpoint(metrics={"loss": 0.25}, step=2)\n')
+    # Said, because on a busy machine rank 1 may come later than a minute after it.
+    told = TRAIN.replace("step=1, ", "step=1, rank=0, world_size=2, ")
+    ranks[0].run(told + 'experiment.checkpoint(metrics={"loss": 0.25}, step=2)\n')
     (later,) = ranks[0].stored(any_job.id)
     assert later["step"] == 2
     ranks[0].kill_daemon()

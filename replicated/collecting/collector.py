@@ -140,7 +140,7 @@ class Collection:
         self._unlisted_age_s = unlisted_age_s
         self._upload_age_s = upload_age_s
         self._roots = Roots(self._store)
-        self._marker = Marker(repository, lambda done: on_progress("marking", done, 0))
+        self._marker = self._make_marker()
         self._objects = _IndexObjects(repository)
         self._condemned = _CondemnedPacks(repository)
         #: Packs in the store, by name.
@@ -148,6 +148,9 @@ class Collection:
         self._candidates: set[bytes] = set()
         self._found = Survey()
         self.report = CollectReport()
+
+    def _make_marker(self) -> Marker:
+        return Marker(self._repository, lambda done: self._on_progress("marking", done, 0))
 
     def resume(self) -> None:
         """Delete what an interrupted collection has decided on."""
@@ -234,7 +237,15 @@ class Collection:
             roots = self._roots.find(listing)
             self._check_leased()
             self._repository.index.refresh()
-            self._marker.mark(roots)
+            try:
+                self._marker.mark(roots)
+            except RepositoryDamaged as error:
+                # Somebody may have removed it since it was listed, and somebody else collected it.
+                key = error.fields.get("key", "")
+                if key not in self._roots.records or self._store.exists(key):
+                    raise
+                self._marker = self._make_marker()
+                continue
             self._found = survey(self._sections, self._marker.needs, self._condemned.packs)
             if not self._found.missing_count:
                 return listing

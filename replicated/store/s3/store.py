@@ -184,6 +184,8 @@ class S3Store:
                 try:
                     self._check_stored(key, body, etag)
                 except StoreBusy:
+                    if not self._is_ours(key, etag):
+                        raise
                     # We have made it just now, and nobody relies on it yet: what is wrong may be put right.
                     self._check_stored(key, body, self._upload(key, body))
             return
@@ -252,6 +254,11 @@ class S3Store:
             is_same = self._is_same(key, body) is True
         if not is_same:
             raise StoreBusy(f"cannot write {key} in {self.url}: the server holds other bytes than were sent")
+
+    def _is_ours(self, key: str, etag: str) -> bool:
+        """Whether the object is the one that our PUT was answered with this tag for, not somebody else's."""
+        found = self._head(key)
+        return found is not None and bool(etag) and _tag(found) == etag
 
     def _is_same(self, key: str, body: Body) -> bool | None:
         """Whether the object holds these bytes; None when there is no object."""
@@ -346,6 +353,8 @@ class S3Store:
                     self.get(key, 0, 1)
                 except KeyMissing:
                     return None
+                # It is well again: credentials were renewed, for one.
+                raise StoreBusy(f"cannot look at {key} in {self.url}: {trouble.reason}") from failed.__cause__
             raise self._requests.explained(failed) from failed.__cause__
 
     def _check_length(

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from collecting.stepping import Gate, Killed, SteppedStore, Task
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from replicated.tree import open_tree
 
 MACHINES = 3
 #: Few, so that what one removes is just what another one saves.
-CONTENTS = [bytes([number]) * 100 for number in range(3)]
+CONTENTS = [bytes([number]) * 100 for number in range(2)]
 TRIES = 20
 
 
@@ -45,6 +46,14 @@ class Machines(RuleBasedStateMachine):
         self.saved: dict[str, frozenset[bytes]] = {}
         self.count = 0
         self.machines = [self.open(number) for number in range(MACHINES)]
+        # All know packs with what they are going to save, and nothing needs these packs.
+        for content in CONTENTS:
+            self.save(0, {content})
+            self.finish(0)
+        for machine in self.machines:
+            machine.repository.index.refresh()
+        for identifier in self.committed():
+            self.machines[0].repository.delete_experiment(ExperimentId(identifier))
 
     def open(self, number: int) -> Machine:
         gate = Gate()
@@ -71,11 +80,17 @@ class Machines(RuleBasedStateMachine):
             machine.task = Task(machine.gate, lambda: gc(machine.repository))
 
     @rule(number=st.integers(0, MACHINES - 1))
+    def collect_at_once(self, number: int) -> None:
+        if self.idle(number) is not None:
+            self.collect(number)
+            self.finish(number)
+
+    @rule(number=st.integers(0, MACHINES - 1))
     def merge(self, number: int) -> None:
         if (machine := self.idle(number)) is not None:
             machine.task = Task(machine.gate, lambda: compact(machine.repository))
 
-    @rule(number=st.integers(0, MACHINES - 1), calls=st.integers(1, 25))
+    @rule(number=st.integers(0, MACHINES - 1), calls=st.integers(1, 12))
     def go_on(self, number: int, calls: int) -> None:
         machine = self.machines[number]
         if machine.task is not None:
@@ -107,6 +122,14 @@ class Machines(RuleBasedStateMachine):
             remover = self.open(MACHINES)
             remover.repository.delete_experiment(ExperimentId(identifier))
             remover.repository.close()
+
+    def start(self, what: str, number: int) -> None:
+        if what == "save":
+            self.save(number, set(CONTENTS))
+        elif what == "collect":
+            self.collect(number)
+        else:
+            self.merge(number)
 
     def committed(self) -> list[str]:
         return sorted(name for name in self.saved if self.store.exists(f"experiments/{name}.json"))
@@ -192,3 +215,39 @@ TestMachines.settings = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.parametrize("costly", [False, True], ids=["local", "bucket"])
+@pytest.mark.parametrize(
+    ("interrupted", "other"),
+    [
+        ("save", "collect"),
+        ("collect", "save"),
+        ("collect", "collect"),
+        ("merge", "collect"),
+        ("collect", "merge"),
+    ],
+)
+def test_one_thing_in_the_middle_of_another_at_every_request(
+    interrupted: str, other: str, costly: bool
+) -> None:
+    """What a machine does is interrupted after each of its requests by all of what another one does."""
+    calls = 0
+    while True:
+        world = Machines()
+        world.begin(costly)
+        world.save(2, {CONTENTS[0]})
+        world.finish(2)
+        world.start(interrupted, 0)
+        world.go_on(0, calls)
+        is_over = world.machines[0].task is None
+        world.start(other, 1)
+        world.finish(1)
+        world.all_that_is_committed_can_be_read()
+        # A third one sees what is left of both.
+        world.collect_at_once(2)
+        world.finish(0)
+        world.teardown()
+        if is_over:
+            return
+        calls += 1

@@ -36,7 +36,7 @@ def found_repository(store: Store) -> None:
 
 def complete_log(store: Store) -> None:
     """Say that all records are in the log, so that nobody has to list them."""
-    store.put(COMPLETE_KEY, [metadata.encode_complete()])
+    store.put(COMPLETE_KEY, [metadata.encode_complete()], is_unique=True, is_checked=False)
 
 
 def _refuse_headless(store: Store) -> None:
@@ -51,10 +51,11 @@ def _refuse_headless(store: Store) -> None:
             )
 
 
-def load_settings(store: Store) -> RepositorySettings:
-    """What a repository says of itself; raises `RepositoryMissing` when there is none."""
+def load_settings(store: Store) -> tuple[RepositorySettings, bytes]:
+    """What a repository says of itself, and its bytes; raises `RepositoryMissing` when there is none."""
     try:
-        return decode_object(store.url, SETTINGS_KEY, store.get(SETTINGS_KEY), decode_settings)
+        data = store.get(SETTINGS_KEY)
+        return decode_object(store.url, SETTINGS_KEY, data, decode_settings), data
     except KeyMissing:
         _refuse_headless(store)
         raise RepositoryMissing(

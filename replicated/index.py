@@ -121,14 +121,18 @@ class Index:
         with self._lock:
             self._connection.close()
 
-    def refresh(self) -> LogListing:
+    def refresh(self, max_age_s: float = 0.0) -> LogListing:
         """Take in the index objects that were written since the last time, here or elsewhere.
+
+        With a `max_age_s`, as a listing showed them that is at most so old: what is newer is not known then.
 
         A damaged one is reported in `damaged_objects` and in the log, and passed over: what it lists is
         then missing here, which costs readers those chunks and writers only deduplication. Gives the listing
         that it has read.
         """
         with self._lock:
+            if max_age_s and (listing := self._log.recent(max_age_s)) is not None:
+                return self._attempt(lambda: self._load_recent(listing))
             return self._attempt(self._refresh)
 
     def refresh_until(self, is_there: Callable[[LogListing], bool]) -> LogListing | None:
@@ -197,6 +201,11 @@ class Index:
         # The known ones first: an object that is written meanwhile must not look like a vanished one.
         known = self._known_objects("WHERE is_listed")
         return self._take(self._log.list(), known)
+
+    def _load_recent(self, listing: LogListing) -> LogListing:
+        self._follow()
+        self._load_new(listing)
+        return listing
 
     def _refresh_until(self, is_there: Callable[[LogListing], bool]) -> LogListing | None:
         self._follow()

@@ -27,7 +27,7 @@ def put_edit(repository: Repository, job: Job) -> None:
     edit = decode_edit(job.record)
     if edit is None:
         announced = Announced("edit", job.experiment_id, job.id)
-        repository.publisher.publish(Publication(announced, job.record))
+        repository.publisher.publish(Publication(announced, job.record, is_unique=True))
         return
     repository.put_edit(job.experiment_id, job.id, edit)
 
@@ -38,4 +38,6 @@ def publication_of(job: Job, root: RootNode | None) -> Publication:
         return publish_experiment(job.experiment(), root)
     record = job.checkpoint()
     # One whose files could not be captured is published too, for the sake of its metrics.
-    return publish_checkpoint(record if record.error else dataclasses.replace(record, state="stored"), root)
+    stored = record if record.error else dataclasses.replace(record, state="stored")
+    # Its id is random, and no other process has it.
+    return dataclasses.replace(publish_checkpoint(stored, root), is_unique=True)

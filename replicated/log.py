@@ -29,11 +29,13 @@ class Log:
         self._last: LogListing | None = None
         self._listed_at = 0.0
 
-    def list(self, max_age_s: float = 0.0) -> LogListing:
-        """What there is, or was at most so many seconds ago; raises `RepositoryUnreachable`."""
+    def recent(self, max_age_s: float) -> LogListing | None:
+        """The last listing unless it is older."""
         with self._lock:
-            if self._last is not None and self._clock() - self._listed_at < max_age_s:
-                return self._last
+            return self._last if self._clock() - self._listed_at < max_age_s else None
+
+    def list(self) -> LogListing:
+        """What there is; raises `RepositoryUnreachable`."""
         begun = self._clock()
         # In order, whatever the store: what was merged is gone only where what it was merged into is seen.
         objects = sorted(self._store.list(LOG_PREFIX), key=lambda info: info.key)

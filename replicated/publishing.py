@@ -33,6 +33,8 @@ class Publication:
 
     announced: Announced
     data: bytes
+    #: Whether nobody else publishes other bytes under this key: then nobody need look.
+    is_unique: bool = False
 
 
 def publish_experiment(record: ExperimentRecord, root: RootNode | None = None) -> Publication:
@@ -49,7 +51,7 @@ def publish_checkpoint(record: CheckpointRecord, root: RootNode | None = None) -
 
 def publish_edit(experiment_id: str, edit_id: str, edit: Edit) -> Publication:
     """An edit under an id that the caller chose, so that it can be repeated."""
-    return Publication(Announced("edit", experiment_id, edit_id), metadata.encode_edit(edit))
+    return Publication(Announced("edit", experiment_id, edit_id), metadata.encode_edit(edit), is_unique=True)
 
 
 def publish_removal(experiment_id: str, removed_id: str, at: datetime) -> Publication:
@@ -121,7 +123,7 @@ class Publisher:
         announced = publication.announced
         if announced.record_key == announced.key:
             return
-        self._store.put(announced.record_key, [publication.data])
+        self._store.put(announced.record_key, [publication.data], is_unique=publication.is_unique)
         if not self._store.capabilities.has_costly_requests:
             # Who lists the records themselves needs no announcement of what is there.
             self._store.delete(announced.key)

@@ -222,7 +222,7 @@ class OpenRepositories:
         now = time.monotonic()
         store = SwitchedStore(self._open_store(url, create, environment))
         repository = Repository.open_on(self._wrap(store), cache=self._cache, create=create)
-        return _Opened(repository, store, _identity(repository.store), environment, now)
+        return _Opened(repository, store, repository.identity, environment, now)
 
     def _open_store(self, url: str, create: bool, environment: Mapping[str, str] | None) -> Store:
         return open_store(url, create=create, environment=environment, patience_s=self._store_patience_s)

@@ -46,7 +46,7 @@ from replicated.keys import (
     parse_snapshot_id,
     snapshot_of,
 )
-from replicated.log import Log
+from replicated.log import RECENT_S, Log
 from replicated.publishing import (
     Publisher,
     publish_checkpoint,
@@ -98,6 +98,8 @@ class Repository:
         self._recent = RecentRecords(store) if store.capabilities.has_costly_requests else None
         memory = _MEMORY if memory_bytes is None else ChunkMemory(memory_bytes)
         self._reader = ChunkReader(store, self._index, memory, self._content)
+        #: The bytes of `repository.json`, by which one that was made anew is told from the one before.
+        self.identity = b""
         # Guards the memories, which are there once something was written.
         self._lock = threading.Lock()
         self._memories: WriteMemories | None = None
@@ -136,7 +138,10 @@ class Repository:
         """The repository in a store that is open already; otherwise like `open`."""
         if create and not store.exists(SETTINGS_KEY):
             found_repository(store)
-        return cls(store, load_settings(store), cache, content, memory_bytes)
+        settings, identity = load_settings(store)
+        opened = cls(store, settings, cache, content, memory_bytes)
+        opened.identity = identity
+        return opened
 
     @property
     def id(self) -> str:
@@ -188,7 +193,8 @@ class Repository:
         # Imported here: who only reads begins without all that writing needs.
         from replicated.writer import SnapshotWriter, WriteMemories
 
-        self._index.refresh()
+        # What others have stored a moment ago would only save space.
+        self._index.refresh(RECENT_S if self._store.capabilities.has_costly_requests else 0.0)
         with self._lock:
             self._memories = self._memories or WriteMemories(self._settings.chunker)
             memories = self._memories
@@ -341,11 +347,22 @@ class Repository:
 
     def experiments_token(self) -> object:
         """What is equal as long as no experiment was added or removed; None where that costs a request."""
+        return self._directory_token(EXPERIMENT_PREFIX)
+
+    def details_token(self, experiment_id: ExperimentId) -> object:
+        """The same of one experiment, for its checkpoints and edits."""
+        checkpoints = self._directory_token(f"{CHECKPOINT_PREFIX}{experiment_id}", may_be_absent=True)
+        edits = self._directory_token(f"{EDIT_PREFIX}{experiment_id}", may_be_absent=True)
+        return None if checkpoints is None or edits is None else (checkpoints, edits)
+
+    def _directory_token(self, prefix: str, *, may_be_absent: bool = False) -> object:
         root = self._store.capabilities.local_root
         if root is None:
             return None
         try:
-            info = os.stat(root / EXPERIMENT_PREFIX)
+            info = os.stat(f"{root}/{prefix}")
+        except FileNotFoundError:
+            return "absent" if may_be_absent else None
         except OSError:
             return None
         # What changes within the same tick of the clock that stamps directories does not show.

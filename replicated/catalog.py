@@ -34,9 +34,10 @@ from replicate.records import (
 from replicated.catalog_file import catalog_unusable
 from replicated.catalog_news import KeptNews
 from replicated.catalog_rows import (
-    CheckpointRow,
     EditRow,
     ExperimentRow,
+    ReadCheckpoint,
+    SummaryRow,
     checkpoint_row,
     damaged_checkpoint,
     damaged_experiment,
@@ -91,6 +92,8 @@ class Catalog:
         self._records = RecordLog(repository) if is_costly else None
         #: Of the repository when the experiments were compared last; guarded by the lock above.
         self._token: object = None
+        #: Of what belongs to each experiment, as far as the tables have it; guarded by the lock above.
+        self._detail_tokens: dict[str, object] = {}
         # A copy of a repository has its id but not its contents, hence the URL.
         place = blake3(repository.url.encode()).hexdigest()[:16]
         self._tables = Tables(directory / f"{repository.id[:16]}-{place}.db")
@@ -157,8 +160,8 @@ class Catalog:
         """All experiments, oldest first; or the one of that id, if it is there."""
         condition, arguments = ("", ()) if identifier is None else ("WHERE {} = ?", (identifier,))
         rows = self._tables.query(
-            "SELECT id, record, state, error, checkpoint_count, latest, best FROM experiments "
-            f"{condition.format('id')} ORDER BY created_ns, id",
+            "SELECT id, record, state, error, summary FROM summaries JOIN experiments USING (id) "
+            f"{condition.format('id')} ORDER BY summaries.created_ns, id",
             *arguments,
         )
         edits = self._tables.query(
@@ -172,23 +175,36 @@ class Catalog:
         for experiment_id, _, _, edit_id, stall_ns in edits:
             if stall_ns:
                 stalls.setdefault(experiment_id, {})[edit_id] = stall_ns
-        for experiment_id, record, state, error, count, latest, best in rows:
+        for experiment_id, record, state, error, summary in rows:
+            message = pb.ExperimentSummary.FromString(summary)
             status, ended_ns = ends.get(experiment_id, (None, 0))
             yield CatalogEntry(
                 record=wire.decode_experiment(pb.Experiment.FromString(record)),
                 state=state,
                 error=error,
-                checkpoint_count=count,
-                latest=_checkpoint(latest),
-                best=_checkpoint(best),
+                checkpoint_count=message.checkpoint_count,
+                latest=wire.decode_checkpoint(message.latest) if message.HasField("latest") else None,
+                best=wire.decode_checkpoint(message.best) if message.HasField("best") else None,
                 end_status=status,
                 ended=wire.decode_time(ended_ns) if status else None,
                 stalls=stalls.get(experiment_id, {}),
             )
 
+    def summaries(self) -> list[SummaryRow]:
+        """What lists show of all experiments, oldest first."""
+        return list(
+            map(
+                SummaryRow._make,
+                self._tables.query(
+                    "SELECT created_ns, id, summary, is_ended, process, latest_ns "
+                    "FROM summaries ORDER BY created_ns, id"
+                ),
+            )
+        )
+
     def checkpoints(self, experiment_id: str) -> list[CheckpointRecord]:
         """The checkpoints of an experiment, oldest first."""
-        return self._tables.checkpoints(experiment_id)
+        return [read.record for read in self._tables.checkpoints(experiment_id)]
 
     def checkpoint(self, checkpoint_id: str) -> CheckpointRecord | None:
         """The checkpoint of that id, if it is there."""
@@ -213,7 +229,7 @@ class Catalog:
 
     # What follows is called with the second lock held.
 
-    def _refresh(self, compare: Callable[[], None]) -> None:
+    def _refresh(self, compare: Callable[[], object]) -> None:
         with self._refreshing:
             try:
                 try:
@@ -223,6 +239,7 @@ class Catalog:
                 except sqlite3.DatabaseError as error:
                     _log.warning("the catalog is damaged and made anew: %s", error)
                     self._token = None
+                    self._detail_tokens.clear()
                     self._tables.start_anew()
                     compare()
             except sqlite3.OperationalError as error:
@@ -233,8 +250,20 @@ class Catalog:
             self._take_news()
             return
         self._compare_experiments()
-        for place in self.list_places():
-            self._compare_details(ExperimentId(place.id))
+        suspects = {
+            row[0]
+            for row in self._tables.query("SELECT DISTINCT experiment_id FROM checkpoints WHERE is_suspect")
+        }
+        tokens: dict[str, object] = {}
+        for (identifier,) in self._tables.query("SELECT id FROM summaries"):
+            # Taken first: what is written while the experiment is read shows the next time.
+            token = self._repository.details_token(ExperimentId(identifier))
+            is_known = token is not None and token == self._detail_tokens.get(identifier)
+            if not is_known or identifier in suspects:
+                is_known = self._compare_details(ExperimentId(identifier)) and token is not None
+            if is_known:
+                tokens[identifier] = token
+        self._detail_tokens = tokens
 
     def _compare_experiments(self) -> None:
         token = self._repository.experiments_token()
@@ -249,7 +278,9 @@ class Catalog:
             self._tables.remove_experiments(known - present)
             wanted = (present - known) | (suspects & present)
         for batch in batches(sorted(wanted)):
-            self._tables.put_experiments(self._read_all(batch, self._read_experiment))
+            rows = self._read_all(batch, self._read_experiment)
+            with self._tables.transaction():
+                self._tables.derive(self._tables.put_experiments(rows))
         self._token = token
 
     def _read_experiment(self, identifier: str, problem: ReplicateError | None) -> ExperimentRow | None:
@@ -288,51 +319,47 @@ class Catalog:
         for news in self._records.read(self._news):
             self._news.take(news)
 
-    def _compare_details(self, experiment_id: ExperimentId) -> None:
-        self._compare_checkpoints(experiment_id)
-        edits = self._read_new_edits(experiment_id)
-        if edits:
-            self._tables.change(("INSERT OR REPLACE INTO edits VALUES (?, ?, ?, ?, ?)", edits))
+    def _compare_details(self, experiment_id: ExperimentId) -> bool:
+        """Take in the checkpoints and edits of an experiment; whether all of its edits could be read."""
+        checkpoints, gone = self._read_new_checkpoints(experiment_id)
+        edits, are_all = self._read_new_edits(experiment_id)
+        if checkpoints or gone or edits:
+            with self._tables.transaction():
+                self._tables.change(("DELETE FROM checkpoints WHERE id = ?", [(one,) for one in gone]))
+                self._tables.remember_checkpoints(checkpoints)
+                self._tables.remember_edits(edits)
+                self._tables.derive([experiment_id])
+        return are_all
 
-    def _compare_checkpoints(self, experiment_id: ExperimentId) -> None:
+    def _read_new_checkpoints(self, experiment_id: ExperimentId) -> tuple[list[ReadCheckpoint], set[str]]:
+        """The checkpoints that are new, and the ids of those that are gone."""
         present = set(self._repository.list_checkpoint_ids(experiment_id))
         known = dict(
             self._tables.query(
                 "SELECT id, is_suspect FROM checkpoints WHERE experiment_id = ?", experiment_id
             )
         )
-        gone = known.keys() - present
         wanted = {identifier for identifier in present if known.get(identifier, True)}
 
-        def read(identifier: str, problem: ReplicateError | None) -> CheckpointRow | None:
+        def read(identifier: str, problem: ReplicateError | None) -> ReadCheckpoint | None:
             return self._read_checkpoint(experiment_id, CheckpointId(identifier), problem)
 
-        is_changed = bool(gone)
-        if gone:
-            self._tables.change(
-                ("DELETE FROM checkpoints WHERE id = ?", [(identifier,) for identifier in gone])
-            )
-        for batch in batches(sorted(wanted)):
-            rows = self._read_all(batch, read)
-            new = [
-                (identifier, experiment_id, *row)
-                for identifier, row in rows.items()
-                # What was suspect and still is has not changed.
-                if row is not None and not (row.is_suspect and identifier in known)
-            ]
-            if new:
-                self._tables.change(("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", new))
-                is_changed = True
-        if is_changed:
-            self._tables.derive([experiment_id])
+        new = [
+            found
+            for identifier, found in self._read_all(sorted(wanted), read).items()
+            # What was suspect and still is has not changed.
+            if found is not None and not (found.row.is_suspect and identifier in known)
+        ]
+        return new, known.keys() - present
 
     def _read_checkpoint(
         self, experiment_id: ExperimentId, identifier: CheckpointId, problem: ReplicateError | None
-    ) -> CheckpointRow | None:
+    ) -> ReadCheckpoint | None:
         try:
             if problem is not None:
                 raise problem
-            return checkpoint_row(self._repository.load_checkpoint(experiment_id, identifier))
+            record = self._repository.load_checkpoint(experiment_id, identifier)
+            return ReadCheckpoint(record, checkpoint_row(record))
         except NotFound:
             return None
         except ReplicateError as damage:
@@ -340,25 +367,23 @@ class Catalog:
                 raise
             return damaged_checkpoint(experiment_id, identifier, damage)
 
-    def _read_new_edits(self, experiment_id: ExperimentId) -> list[EditRow]:
+    def _read_new_edits(self, experiment_id: ExperimentId) -> tuple[list[EditRow], bool]:
         present = set(self._repository.list_edit_ids(experiment_id))
         if not present:
-            return []
+            return [], True
         known = {
             row[0]
             for row in self._tables.query("SELECT id FROM edits WHERE experiment_id = ?", experiment_id)
         }
         rows: list[EditRow] = []
+        are_all = True
         for identifier in present - known:
             try:
                 edit = self._repository.load_edit(experiment_id, identifier)
             except ReplicateError as error:
                 _log.warning("edit %s: %s", short(identifier), error)
+                are_all = False
                 continue
             if edit is not None:
                 rows.append(edit_row(identifier, experiment_id, edit))
-        return rows
-
-
-def _checkpoint(record: bytes | None) -> CheckpointRecord | None:
-    return None if record is None else decode_checkpoint(record)
+        return rows, are_all

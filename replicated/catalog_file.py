@@ -14,7 +14,9 @@ from replicated.sqlite import DatabaseUnusable, open_database
 
 #: "RPLC"
 APPLICATION_ID = 0x52504C43
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
+#: What of it is kept in memory; the first look at a large repository puts in hundreds of megabytes.
+_CACHE_KIB = 16 << 10
 
 _SCHEMA = """
 CREATE TABLE experiments (
@@ -28,19 +30,32 @@ CREATE TABLE experiments (
     state TEXT NOT NULL,
     error TEXT NOT NULL DEFAULT '',
     -- Not what it should be when it was read: read again at every refresh.
-    is_suspect INTEGER NOT NULL,
-    -- Derived from the rows of `checkpoints` whenever those change, so that a list need not read them.
-    checkpoint_count INTEGER NOT NULL DEFAULT 0,
-    latest BLOB,
-    best BLOB
+    is_suspect INTEGER NOT NULL
+) WITHOUT ROWID;
+-- What lists show, derived whenever rows of the other tables change, and in the order of lists: they read
+-- this table from its beginning to its end, and no other.
+CREATE TABLE summaries (
+    created_ns INTEGER NOT NULL,
+    id TEXT NOT NULL UNIQUE,
+    -- Serialized replicate.v1.ExperimentSummary, as in a SummaryBatch; it has a status and a duration only if
+    -- `is_ended`.
+    summary BLOB NOT NULL,
+    is_ended INTEGER NOT NULL,
+    -- Serialized replicate.v1.Process, unless `is_ended`.
+    process BLOB,
+    -- Of the latest checkpoint; NULL when there is none.
+    latest_ns INTEGER,
+    PRIMARY KEY (created_ns, id)
 ) WITHOUT ROWID;
 CREATE TABLE checkpoints (
-    id TEXT PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
     experiment_id TEXT NOT NULL,
     created_ns INTEGER NOT NULL,
     -- Serialized replicate.v1.Checkpoint.
     record BLOB NOT NULL,
-    is_suspect INTEGER NOT NULL
+    is_suspect INTEGER NOT NULL,
+    -- Those of an experiment lie side by side: they are written and read together.
+    PRIMARY KEY (experiment_id, created_ns, id)
 ) WITHOUT ROWID;
 CREATE TABLE tags (
     tag TEXT NOT NULL,
@@ -53,7 +68,6 @@ CREATE INDEX experiments_by_time ON experiments (created_ns, id);
 CREATE INDEX experiments_by_name ON experiments (created_ns, id, name) WHERE name != '';
 CREATE INDEX suspect_experiments ON experiments (id) WHERE is_suspect;
 CREATE INDEX suspect_checkpoints ON checkpoints (id) WHERE is_suspect;
-CREATE INDEX checkpoints_by_experiment ON checkpoints (experiment_id, created_ns);
 CREATE TABLE edits (
     id TEXT PRIMARY KEY,
     experiment_id TEXT NOT NULL,
@@ -112,6 +126,8 @@ def catalog_unusable(file: Path, error: Exception) -> RepositoryUnreachable:
 
 
 def _connect(file: Path) -> sqlite3.Connection:
-    return open_database(
+    database = open_database(
         file, application_id=APPLICATION_ID, user_version=SCHEMA_VERSION, schema=_SCHEMA, durable=False
     )
+    database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    return database

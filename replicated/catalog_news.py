@@ -12,6 +12,7 @@ from typing import Final
 from replicated.catalog_rows import (
     EditRow,
     ExperimentRow,
+    ReadCheckpoint,
     decode_checkpoint_row,
     decode_edit_row,
     decode_experiment_row,
@@ -69,40 +70,44 @@ class KeptNews:
         return found
 
     def take(self, news: News) -> None:
-        """Put in what the log has told, in an order in which an interruption loses nothing."""
+        """Put in what the log has told: all of it or nothing."""
         gone = {identifier for _, identifier in news.removed}
         named = {key.id for key in news.records} | {key.experiment_id for key in news.records}
         gone |= self._find("removed", named)
         experiments: dict[str, ExperimentRow | None] = {}
-        checkpoints: dict[str, list[tuple[object, ...]]] = {}
+        checkpoints: dict[str, list[ReadCheckpoint]] = {}
         edits: list[EditRow] = []
         for key, data in news.records.items():
-            if not {key.id, key.experiment_id}.isdisjoint(gone):
+            if key.id in gone or key.experiment_id in gone:
                 continue
             if key.kind == "experiment":
                 experiments[key.id] = decode_experiment_row(self._url, key, data)
             elif key.kind == "checkpoint":
-                row = decode_checkpoint_row(self._url, key, data)
-                checkpoints.setdefault(key.experiment_id, []).append((key.id, key.experiment_id, *row))
+                read = decode_checkpoint_row(self._url, key, data)
+                checkpoints.setdefault(key.experiment_id, []).append(read)
             elif (edit := decode_edit_row(self._url, key, data)) is not None:
                 edits.append(edit)
-        for batch in batches(sorted(experiments)):
-            self._tables.put_experiments({identifier: experiments[identifier] for identifier in batch})
-        self._tables.change(
-            ("INSERT OR REPLACE INTO edits VALUES (?, ?, ?, ?, ?)", edits),
-            (
-                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
-                [row for rows in checkpoints.values() for row in rows],
-            ),
-            ("INSERT OR IGNORE INTO removed VALUES (?)", [(identifier,) for _, identifier in news.removed]),
-        )
-        removed_from = self._remove(news.removed)
-        # An experiment may come after its checkpoints, from another segment.
-        self._tables.derive(checkpoints.keys() | removed_from | experiments.keys())
-        if news.segment:
-            self._tables.change(("INSERT OR IGNORE INTO segments VALUES (?)", [(news.segment,)]))
-        if news.is_all:
-            self._tables.change(("INSERT OR IGNORE INTO listed VALUES (?)", [(1,)]))
+        with self._tables.transaction():
+            others = self._tables.have_checkpoints(sorted(checkpoints))
+            self._tables.remember_edits(edits)
+            self._tables.remember_checkpoints(read for found in checkpoints.values() for read in found)
+            for batch in batches(sorted(experiments)):
+                self._tables.put_experiments({identifier: experiments[identifier] for identifier in batch})
+            self._tables.change(
+                (
+                    "INSERT OR IGNORE INTO removed VALUES (?)",
+                    [(identifier,) for _, identifier in news.removed],
+                )
+            )
+            removed_from = self._remove(news.removed)
+            # An experiment may come after its checkpoints and edits, from another segment.
+            changed = checkpoints.keys() | removed_from | experiments.keys() | {edit[1] for edit in edits}
+            alone = checkpoints.keys() - others - removed_from
+            self._tables.derive(sorted(changed), {one: checkpoints[one] for one in alone})
+            if news.segment:
+                self._tables.change(("INSERT OR IGNORE INTO segments VALUES (?)", [(news.segment,)]))
+            if news.is_all:
+                self._tables.change(("INSERT OR IGNORE INTO listed VALUES (?)", [(1,)]))
 
     def _remove(self, removed: Sequence[tuple[str, str]]) -> set[str]:
         """Remove experiments and checkpoints; the experiments that lost checkpoints."""

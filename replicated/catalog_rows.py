@@ -6,18 +6,29 @@ Used by `catalog`, which puts the rows in and takes them out.
 from __future__ import annotations
 
 import logging
-from typing import Final, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 from replicate import wire
 from replicate._pb import daemon_pb2 as pb
 from replicate.errors import ReplicateError, RepositoryDamaged, RepositoryIncompatible
 from replicate.ids import CheckpointId, ExperimentId, short
-from replicate.records import CheckpointRecord, ExperimentRecord, parse_time
+from replicate.records import (
+    CheckpointRecord,
+    ExperimentRecord,
+    ExperimentSummary,
+    best_checkpoint,
+    latest_checkpoint,
+    parse_time,
+)
 from replicated.format import metadata
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.metadata import Edit, EndEdit, Snapshot
 from replicated.keys import Announced
 
+_Member = Literal["python_version", "python_packages", "system", "git", "replicate_version", "process"]
+#: Large, and in no list; see SummaryBatch in the protocol.
+_NOT_LISTED: Final[tuple[_Member, ...]] = get_args(_Member)
 _UNREADABLE_CREATED: Final = "1970-01-01T00:00:00.000000Z"
 
 _log = logging.getLogger(__name__)
@@ -48,6 +59,25 @@ class CheckpointRow(NamedTuple):
     is_suspect: bool
 
 
+class SummaryRow(NamedTuple):
+    """What lists show of an experiment; see the table `summaries`."""
+
+    created_ns: int
+    id: str
+    summary: bytes
+    #: Whether it tells all, also how the run stands; else that is to be found out.
+    is_ended: bool
+    process: bytes | None
+    latest_ns: int | None
+
+
+class ReadCheckpoint(NamedTuple):
+    """A checkpoint in both forms."""
+
+    record: CheckpointRecord
+    row: CheckpointRow
+
+
 def experiment_row(record: ExperimentRecord, snapshot: Snapshot | None, *, error: str = "") -> ExperimentRow:
     """The row of an experiment; with an error, or without the files that it says to have, a failed one."""
     if not error and record.paths and snapshot is None:
@@ -74,8 +104,8 @@ def checkpoint_row(record: CheckpointRecord, *, is_suspect: bool = False) -> Che
     return CheckpointRow(wire.encode_time(record.created), encoded, is_suspect)
 
 
-def damaged_checkpoint(experiment_id: str, identifier: str, damage: ReplicateError) -> CheckpointRow:
-    """The row of a checkpoint that cannot be read."""
+def damaged_checkpoint(experiment_id: str, identifier: str, damage: ReplicateError) -> ReadCheckpoint:
+    """What is shown of a checkpoint that cannot be read."""
     _log.warning("checkpoint %s: %s", short(identifier), damage)
     record = CheckpointRecord(
         CheckpointId(identifier),
@@ -85,7 +115,76 @@ def damaged_checkpoint(experiment_id: str, identifier: str, damage: ReplicateErr
         state="failed",
         error=damage.message,
     )
-    return checkpoint_row(record, is_suspect=True)
+    return ReadCheckpoint(record, checkpoint_row(record, is_suspect=True))
+
+
+def summary_row(
+    identifier: str,
+    experiment: ExperimentRow,
+    checkpoints: Sequence[ReadCheckpoint],
+    edits: Sequence[EditRow],
+) -> SummaryRow:
+    """What lists show, of all that is known of an experiment; checkpoints are in order, and so are edits."""
+    record = pb.Experiment.FromString(experiment.record)
+    status, ended_ns = (edits[-1][3], edits[-1][2]) if edits else (None, 0)
+    process = record.process.SerializeToString() if status is None and record.HasField("process") else None
+    leave_out(record)
+    message = pb.ExperimentSummary(
+        experiment=record,
+        state=experiment.state,
+        error=wire.encode_text(experiment.error),
+        checkpoint_count=len(checkpoints),
+        stall_s=sum(edit[4] for edit in edits) / 1e9 if any(edit[4] for edit in edits) else -1.0,
+    )
+    latest, best = choose_checkpoints(checkpoints)
+    if latest is not None:
+        message.latest.ParseFromString(latest.row.record)
+    if best is not None:
+        message.best.ParseFromString(best.row.record)
+    if status is not None:
+        message.status = status
+        message.ended_ns = ended_ns
+        message.duration_s = seconds_between(experiment.created_ns, ended_ns)
+    return SummaryRow(
+        experiment.created_ns,
+        identifier,
+        message.SerializeToString(),
+        status is not None,
+        process,
+        None if latest is None else latest.row.created_ns,
+    )
+
+
+def whole_row(summary: ExperimentSummary) -> SummaryRow:
+    """What lists show of an experiment of which more is known than the repository says."""
+    message = wire.encode_summary(summary)
+    leave_out(message.experiment)
+    created_ns = message.experiment.created_ns
+    return SummaryRow(created_ns, summary.record.id, message.SerializeToString(), True, None, None)
+
+
+def leave_out(experiment: pb.Experiment) -> None:
+    """Take away what no list shows."""
+    for name in _NOT_LISTED:
+        experiment.ClearField(name)
+
+
+def choose_checkpoints(
+    checkpoints: Sequence[ReadCheckpoint],
+) -> tuple[ReadCheckpoint | None, ReadCheckpoint | None]:
+    """The latest and the best of an experiment."""
+    rows = {checkpoint.record.id: checkpoint for checkpoint in checkpoints}
+    records = [checkpoint.record for checkpoint in checkpoints]
+    latest, best = latest_checkpoint(records), best_checkpoint(records)
+    return (
+        None if latest is None else rows[latest.id],
+        None if best is None else rows[best.id],
+    )
+
+
+def seconds_between(begun_ns: int, ended_ns: int) -> float:
+    """How long something took; never less than nothing, whatever the clocks."""
+    return max(0, ended_ns - begun_ns) // 1000 / 10**6
 
 
 def edit_row(identifier: str, experiment_id: str, edit: Edit) -> EditRow:
@@ -105,12 +204,12 @@ def decode_experiment_row(url: str, key: Announced, data: bytes) -> ExperimentRo
         return damaged_experiment(key.id, _explain(url, key, error))
 
 
-def decode_checkpoint_row(url: str, key: Announced, data: bytes) -> CheckpointRow:
-    """The row of a sealed record, whatever it is."""
+def decode_checkpoint_row(url: str, key: Announced, data: bytes) -> ReadCheckpoint:
+    """A sealed record, whatever it is, with its row."""
     try:
         record = metadata.decode_checkpoint(data)
         _check(key, record.id, record.experiment_id)
-        return checkpoint_row(record)
+        return ReadCheckpoint(record, checkpoint_row(record))
     except (Malformed, NewerFormat) as error:
         return damaged_checkpoint(key.experiment_id, key.id, _explain(url, key, error))
 

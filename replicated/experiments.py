@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from replicate.access import scheme_of
 from replicate.errors import (
@@ -27,6 +27,7 @@ from replicate.ids import Reference, parse_reference, short
 from replicate.records import (
     CheckpointRecord,
     ExperimentSummary,
+    ProcessIdentity,
     SnapshotState,
     Status,
     best_checkpoint,
@@ -34,9 +35,11 @@ from replicate.records import (
     utc_now,
 )
 from replicated.catalog import Catalog, CatalogEntry
+from replicated.catalog_rows import whole_row
 from replicated.filters import parse_filter, sort_summaries
 from replicated.format.metadata import EndEdit, decode_edit
 from replicated.journal import Job, Journal, Run
+from replicated.listed import Listed
 from replicated.live_runs import LiveRuns
 from replicated.processes import current_boot_id, is_alive
 from replicated.remarks import remark
@@ -45,6 +48,9 @@ from replicated.repository import Repository
 from replicated.store.unreachable import UnreachableStore
 
 Chosen = Literal["", "best", "latest", "code", "step"]
+
+#: Fewer than these are looked up one by one.
+_FEW: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +89,20 @@ class Experiments:
     def list_experiments(
         self, repository: str, filters: Sequence[str] = (), sort: str = "", limit: int = 0
     ) -> list[ExperimentSummary]:
+        """As `list_summaries`, with all that is recorded of each."""
+        view = self._view(repository)
+        wanted = [listed.id for listed in self._list(view, filters, sort, limit)]
+        if len(wanted) < _FEW:
+            found = [self._find_summary(view, identifier) for identifier in wanted]
+            return [summary for summary in found if summary is not None]
+        summaries: dict[str, ExperimentSummary] = {s.record.id: s for s in self._summaries(view)}
+        return [summaries[identifier] for identifier in wanted if identifier in summaries]
+
+    def list_summaries(
+        self, repository: str, filters: Sequence[str] = (), sort: str = "", limit: int = 0
+    ) -> list[Listed]:
         """Experiments that pass all filters, in order; the newest `limit` of that order if not 0."""
-        now = utc_now()
-        predicates = [parse_filter(text, now) for text in filters]
-        summaries = [
-            s for s in self._summaries(self._view(repository)) if all(accept(s) for accept in predicates)
-        ]
-        ordered = sort_summaries(summaries, sort)
-        if not limit:
-            return ordered
-        return ordered[-limit:] if not sort else ordered[:limit]
+        return self._list(self._view(repository), filters, sort, limit)
 
     def checkpoints(self, repository: str, reference: str) -> list[CheckpointRecord]:
         """The checkpoints of the experiment that a reference names, oldest first."""
@@ -109,10 +119,10 @@ class Experiments:
     def _resolve(self, view: _View, text: str) -> Resolution:
         reference = parse_reference(text)
         if reference.is_latest:
-            summaries = self._summaries(view)
-            if not summaries:
+            listed = self._list(view)
+            if not listed:
                 raise NotFound("there is no experiment yet", hint="call replicate.init() in a script")
-            return self._choose(view, summaries[-1], reference, text)
+            return self._choose(view, self._summary(view, listed[-1].id), reference, text)
         experiments, checkpoints = self._find_ids(view, reference.prefix)
         identifier = only_id(reference, experiments, checkpoints)
         if identifier in experiments:
@@ -167,6 +177,24 @@ class Experiments:
         remark(f"shown is what this machine knows of {url}, which cannot be reached now: {error.message}")
         return _View(None if known is None else self._catalog(url, known), None, jobs)
 
+    def _list(self, view: _View, filters: Sequence[str] = (), sort: str = "", limit: int = 0) -> list[Listed]:
+        now = utc_now()
+        predicates = [parse_filter(text, now) for text in filters]
+        rows = view.catalog.summaries() if view.catalog else []
+        special = view.jobs.special_ids()
+        found = [Listed(row, view.status_of, now) for row in rows if row.id not in special]
+        for identifier in (special & {row.id for row in rows}) | view.jobs.experiments.keys():
+            summary = self._find_summary(view, identifier)
+            if summary is not None:
+                found.append(Listed(whole_row(summary), view.status_of, now))
+        found.sort(key=lambda listed: listed.place)
+        if predicates:
+            found = [listed for listed in found if all(accept(listed) for accept in predicates)]
+        ordered = sort_summaries(found, sort) if sort else found
+        if not limit:
+            return ordered
+        return ordered[-limit:] if not sort else ordered[:limit]
+
     def _summaries(self, view: _View) -> list[ExperimentSummary]:
         """Every experiment, oldest first."""
         entries = list(view.catalog.entries()) if view.catalog else []
@@ -175,12 +203,18 @@ class Experiments:
         summaries = [self._summarise(view, entry) for entry in [*entries, *pending]]
         return sorted(summaries, key=lambda s: (s.record.created, s.record.id))
 
-    def _summary(self, view: _View, experiment_id: str) -> ExperimentSummary:
+    def _find_summary(self, view: _View, experiment_id: str) -> ExperimentSummary | None:
         entry = next(view.catalog.entries(experiment_id), None) if view.catalog else None
-        if entry is not None:
-            return self._summarise(view, entry)
+        if entry is None and (job := view.jobs.experiments.get(experiment_id)) is not None:
+            entry = _pending_entry(job)
+        return None if entry is None else self._summarise(view, entry)
+
+    def _summary(self, view: _View, experiment_id: str) -> ExperimentSummary:
+        summary = self._find_summary(view, experiment_id)
+        if summary is not None:
+            return summary
         # Of an experiment that is stored, in a repository that is missing, the journal still has the record.
-        job = view.jobs.experiments.get(experiment_id) or self._journal.find(experiment_id)
+        job = self._journal.find(experiment_id)
         if job is None or job.state == "removed":
             raise NotFound(f"experiment {short(experiment_id)} was removed")
         return self._summarise(view, _pending_entry(job))
@@ -296,11 +330,17 @@ def recorded_status(entry: CatalogEntry, live_runs: Container[str] | None) -> tu
     """
     if entry.end_status is not None:
         return entry.end_status, entry.ended
-    process = entry.record.process
+    return _open_status(entry.record.id, entry.record.process, live_runs), None
+
+
+def _open_status(
+    experiment_id: str, process: ProcessIdentity | None, live_runs: Container[str] | None
+) -> Status:
+    """How a run stands whose end is not recorded."""
     if process is not None and process.boot_id == current_boot_id():
         # Of this machine, recorded by a daemon of another home.
-        return ("running" if is_alive(process) else "killed"), None
-    return ("running" if live_runs is not None and entry.record.id in live_runs else "unknown"), None
+        return "running" if is_alive(process) else "killed"
+    return "running" if live_runs is not None and experiment_id in live_runs else "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +352,10 @@ class _View:
     #: None when nobody can be asked.
     live_runs: LiveRuns | None
     jobs: _Overlay
+
+    def status_of(self, experiment_id: str, process: ProcessIdentity | None) -> Status:
+        """How a run stands of which neither the repository nor the journal knows the end."""
+        return _open_status(experiment_id, process, self.live_runs)
 
 
 class _Overlay:
@@ -340,6 +384,10 @@ class _Overlay:
                     self.ends[job.experiment_id] = edit
                     if edit.stall_ns:
                         self.stalls.setdefault(job.experiment_id, {})[job.id] = edit.stall_ns
+
+    def special_ids(self) -> set[str]:
+        """The experiments of which the journal knows something that the repository does not."""
+        return {*self.runs, *self.stalls, *self.experiments, *self.checkpoints, *self.ends}
 
     def _add_checkpoint(self, record: CheckpointRecord) -> None:
         """Of one that several processes of this machine make, the newest of the lowest rank counts."""

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Literal, TypeAlias, cast
+from typing import Literal, Protocol, TypeAlias, TypeVar, cast
 
 from replicate.errors import InvalidArgument
-from replicate.records import ExperimentSummary, Value, is_number
+from replicate.records import Value, is_number
 
 Operator = Literal["=", "!=", "<", "<=", ">", ">=", "~"]
-Predicate: TypeAlias = Callable[[ExperimentSummary], bool]
 
 BUILT_IN = ("created", "step", "status", "user", "host", "command", "name", "tag")
 #: An expression of more levels is a mistake or an attack on the parser's stack.
@@ -39,6 +38,54 @@ _VALUE_ENDS = re.compile(r"\s+(?:and|or)(?=[\s(]|$)")
 _NOT_A_VALUE = re.compile(r"[=!<>~'\"]|.*(?:&&|\|\|)")
 _AGO = re.compile(r"(\d{1,9})\s*(s|second|m|minute|h|hour|d|day|w|week)s?(?:\s+ago)?")
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+# ruff: noqa: D102  (what the names mean, the records say)
+
+
+class Recorded(Protocol):
+    """Of an experiment's record what can be asked for."""
+
+    @property
+    def created(self) -> datetime: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def tags(self) -> Sequence[str]: ...
+    @property
+    def user(self) -> str: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def command(self) -> str: ...
+    @property
+    def params(self) -> Mapping[str, Value]: ...
+
+
+class Measured(Protocol):
+    """Of a checkpoint what can be asked for."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, Value]: ...
+
+
+class Subject(Protocol):
+    """An experiment in a list: an `ExperimentSummary`, or what stands for one."""
+
+    @property
+    def record(self) -> Recorded: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def latest(self) -> Measured | None: ...
+    @property
+    def best(self) -> Measured | None: ...
+
+
+Predicate: TypeAlias = Callable[[Subject], bool]
+_S = TypeVar("_S", bound=Subject)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +108,15 @@ def parse_filter(text: str, now: datetime) -> Predicate:
     return predicate
 
 
-def sort_summaries(summaries: Sequence[ExperimentSummary], key: str) -> list[ExperimentSummary]:
+def sort_summaries(summaries: Sequence[_S], key: str) -> list[_S]:
     """Summaries in the order of `KEY`, `KEY-asc` or `KEY-desc`; those without the key come last."""
     name, descending = key or "created", False
     for suffix in ("-desc", "-asc"):
         if name.endswith(suffix):
             name, descending = name.removesuffix(suffix), suffix == "-desc"
             break
-    present: list[tuple[tuple[int, object], ExperimentSummary]] = []
-    absent = []
+    present: list[tuple[tuple[int, object], _S]] = []
+    absent: list[_S] = []
     for summary in summaries:
         value = _sortable(_look_up(summary, name))
         if value is None:
@@ -93,7 +140,7 @@ def _sortable(value: object) -> tuple[int, object] | None:
     return None if value is None else (2, json.dumps(value))
 
 
-def _look_up(summary: ExperimentSummary, name: str) -> object:
+def _look_up(summary: Subject, name: str) -> object:
     """The value of a name: None when missing, a datetime for `created`, a tuple for `tag`."""
     record = summary.record
     if name in ("created", "started"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from replicate import wire
@@ -23,6 +23,7 @@ from replicated.experiments import Resolution
 from replicated.format.shards import RankEdit
 from replicated.intake import Terms
 from replicated.journal import Job
+from replicated.listed import Listed
 from replicated.mount.engine.choosing import EngineState
 from replicated.mount.life.registry import MountInfo
 from replicated.mount.options import DEFAULT_TIMEOUT_S, ENGINES, PASSTHROUGH, MountOptions
@@ -34,6 +35,9 @@ from replicated.usage import Usage, UsageReport
 
 #: A century: what is more is a mistake, and must not overflow the sum.
 _MAX_STALL_NS = 100 * 365 * 86400 * 10**9
+#: Of a list, in one message: a client begins with the first while the next one is made.
+_BATCH_BYTES = 256 << 10
+_BATCH_IDS = 5000
 #: A day; a reader that waits longer is as good as hanging.
 _MAX_TIMEOUT_S = 86400.0
 
@@ -121,6 +125,25 @@ def encode_captured(captured: Captured, state: str, waiting_because: str) -> pb.
         for one in added.largest:
             reply.unusual.largest.add(path=one.path, size_bytes=one.size_bytes, small_files=one.small_files)
     return reply
+
+
+def encode_list(found: Sequence[Listed], *, only_ids: bool) -> Iterator[pb.SummaryBatch]:
+    """A list as few messages, none of which is too large."""
+    if only_ids:
+        for start in range(0, len(found), _BATCH_IDS):
+            yield pb.SummaryBatch(ids=[listed.id for listed in found[start : start + _BATCH_IDS]])
+        return
+    batch: list[bytes] = []
+    size = 0
+    for listed in found:
+        data = listed.encode()
+        if size + len(data) > _BATCH_BYTES and batch:
+            yield pb.SummaryBatch(summaries=batch)
+            batch, size = [], 0
+        batch.append(data)
+        size += len(data)
+    if batch:
+        yield pb.SummaryBatch(summaries=batch)
 
 
 def encode_resolution(resolution: Resolution) -> pb.Resolution:

@@ -46,6 +46,7 @@ from replicated.messages import (
     encode_collecting,
     encode_engine,
     encode_failure,
+    encode_list,
     encode_mount,
     encode_probe_step,
     encode_resolution,
@@ -236,6 +237,13 @@ class _Servicer(pb_grpc.DaemonServicer):
             check_repository(request.repository), request.filters, request.sort, request.limit
         )
         yield from map(wire.encode_summary, summaries)
+
+    @stream
+    def ListSummaries(self, request: pb.ListExperimentsRequest) -> Iterator[pb.SummaryBatch]:
+        found = self._services.experiments.list_summaries(
+            check_repository(request.repository), request.filters, request.sort, request.limit
+        )
+        yield from encode_list(found, only_ids=request.only_ids)
 
     @unary
     def Resolve(self, request: pb.Target) -> pb.Resolution:

@@ -90,7 +90,7 @@ def measure(
 ) -> UsageReport:
     """The usage of the experiments that are named (of all when none is), and of the whole repository."""
     chosen = [experiments.resolve(repository, reference).summary.record.id for reference in references]
-    listed = [summary.record.id for summary in experiments.list_experiments(repository)]
+    listed = [ExperimentId(listed.id) for listed in experiments.list_summaries(repository)]
     return measure_repository(repositories.get(repository), listed, chosen or listed)
 
 

@@ -11,15 +11,27 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+from blake3 import blake3
+
 from replicate.ids import CheckpointId, ExperimentId, new_id
-from replicate.records import CheckpointRecord, ExperimentRecord
+from replicate.records import (
+    CheckpointRecord,
+    ExperimentRecord,
+    GitState,
+    Gpu,
+    PrimaryMetric,
+    ProcessIdentity,
+    System,
+)
 from replicated.chunk.codec import RAW
 from replicated.format.builders import ContentBuilder
 from replicated.format.listing import build_index, parse_index
 from replicated.format.manifest import TreeEntry
+from replicated.format.metadata import EndEdit
 from replicated.format.pack import DATA_PACK, ENTRY, HEADER, PackListing, Record
-from replicated.keys import INDEX_PREFIX, index_key, levelled_name
-from replicated.publishing import Publication, publish_checkpoint, publish_experiment
+from replicated.format.segment import MAX_SEGMENT_PLAIN_BYTES, SegmentRecord, build_segment
+from replicated.keys import INDEX_PREFIX, LETTERS, index_key, levelled_name, segment_key
+from replicated.publishing import Publication, publish_checkpoint, publish_edit, publish_experiment
 from replicated.repository import Repository
 from replicated.store.base import Buffer, Capabilities, KeyMissing, ObjectInfo
 
@@ -31,6 +43,8 @@ _PACK_CHUNKS = 128
 #: As many as `packer` lists in one index object.
 _INDEX_CHUNKS = 1024
 _FILE_BYTES = 100_000_000
+#: As many distributions as a training script imports.
+_PACKAGES = 60
 OPENED = b"data/wanted.bin"
 OPENED_BYTES = 1_000_000
 
@@ -143,24 +157,70 @@ def _list_packs(records: Sequence[Record], source: random.Random) -> Iterator[Pa
 
 
 def record_runs(repository: Repository, experiments: int, checkpoints: int) -> None:
-    """So many experiments with as many checkpoints each, none with files, all of them announced."""
+    """So many experiments that have ended, with as many checkpoints each, none with files.
+
+    All are merged into segments, as the writers of a bucket do it again and again, and stand nowhere else:
+    objects of their own, a million for the largest case, would only take time to put.
+    """
+    part: list[SegmentRecord] = []
+    size = 0
+    for publication in _publish_runs(experiments, checkpoints):
+        announced = publication.announced
+        if size + len(publication.data) > MAX_SEGMENT_PLAIN_BYTES:
+            _put_segment(repository, part)
+            part, size = [], 0
+        part.append(
+            SegmentRecord(LETTERS[announced.kind], announced.experiment_id, announced.id, publication.data)
+        )
+        size += len(publication.data) + 160
+    _put_segment(repository, part)
+
+
+def _publish_runs(experiments: int, checkpoints: int) -> Iterator[Publication]:
     source = random.Random(experiments)
+    packages = {f"package{number}": f"1.{number}.0" for number in range(_PACKAGES)}
+    system = System("Linux 6.8", "some processor", 64, 512 << 30, (Gpu("some GPU", 80 << 30),) * 8, "550.54")
+    primary = PrimaryMetric("loss", "minimize")
     for number in range(experiments):
         begun = _BEGINNING + timedelta(minutes=number)
         experiment = ExperimentId(source.randbytes(32).hex())
         params = {"lr": source.random(), "layers": source.randrange(100), "name": f"run {number}"}
-        record = ExperimentRecord(experiment, begun, params=params, user="user", host=f"host{number % 50}")
-        _put(repository, publish_experiment(record))
-        for step in range(checkpoints):
-            checkpoint = CheckpointRecord(
-                id=CheckpointId(source.randbytes(32).hex()),
-                experiment_id=experiment,
-                created=begun + timedelta(seconds=step),
-                step=step,
-                metrics={"loss": source.random(), "accuracy": source.random()},
-                state="stored",
+        yield publish_experiment(
+            ExperimentRecord(
+                experiment,
+                begun,
+                name=f"run-{number}",
+                tags=(f"sweep{number % 20}",),
+                user="user",
+                host=f"host{number % 50}",
+                command=f"train.py --number {number}",
+                params={**params, "optimizer": "adam", "batch_size": 256, "dropout": 0.1},
+                python_version="3.11.9",
+                python_packages=packages,
+                system=system,
+                git=GitState("0" * 40, "main", dirty=False),
+                process=ProcessIdentity(number + 2, 1000 + number, "a boot of another machine"),
             )
-            _put(repository, publish_checkpoint(checkpoint))
+        )
+        for step in range(checkpoints):
+            yield publish_checkpoint(
+                CheckpointRecord(
+                    id=CheckpointId(source.randbytes(32).hex()),
+                    experiment_id=experiment,
+                    created=begun + timedelta(seconds=step),
+                    step=step,
+                    metrics={"loss": source.random(), "accuracy": source.random()},
+                    primary_metric=primary,
+                    state="stored",
+                )
+            )
+        ended = EndEdit("stopped", begun + timedelta(seconds=checkpoints))
+        yield publish_edit(experiment, source.randbytes(32).hex(), ended)
+
+
+def _put_segment(repository: Repository, records: Sequence[SegmentRecord]) -> None:
+    data = build_segment(sorted(records))
+    repository.store.put(segment_key(levelled_name(0, blake3(data).hexdigest())), [data])
 
 
 def _put(repository: Repository, publication: Publication) -> None:

@@ -187,6 +187,29 @@ def list_experiments(
         yield wire.decode_summary(message)
 
 
+def list_summaries(
+    repository: str, filters: Sequence[str] = (), sort: str = "", limit: int = 0
+) -> Iterator[ExperimentSummary]:
+    """As `list_experiments`, but quick, for looking at thousands.
+
+    The records lack what lists do not show: Python and its packages, the system, Git, the version of this
+    library and the process.
+    """
+    request = pb.ListExperimentsRequest(repository=repository, filters=filters, sort=sort, limit=limit)
+    for batch in connection.stream("ListSummaries", request, pb.SummaryBatch):
+        for summary in batch.summaries:
+            yield wire.decode_summary(pb.ExperimentSummary.FromString(summary))
+
+
+def list_ids(repository: str, filters: Sequence[str] = (), sort: str = "", limit: int = 0) -> Iterator[str]:
+    """As `list_experiments`, but only the complete ids."""
+    request = pb.ListExperimentsRequest(
+        repository=repository, filters=filters, sort=sort, limit=limit, only_ids=True
+    )
+    for batch in connection.stream("ListSummaries", request, pb.SummaryBatch):
+        yield from batch.ids
+
+
 def resolve(repository: str, reference: str) -> Resolution:
     """The experiment, and the checkpoint if one is meant, that `reference` stands for."""
     return _decode_resolution(connection.call("Resolve", _target(repository, reference), pb.Resolution))

@@ -8,6 +8,7 @@ argument before anything is sent.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
@@ -28,6 +29,7 @@ EndStatus = Literal["stopped", "failed", "killed"]
 FileType = Literal["file", "directory", "symlink"]
 
 GOALS: tuple[str, ...] = get_args(Goal)
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
 #: Deeper values are refused: protobuf parsers stop at a depth of 100 messages, three a level.
 MAX_VALUE_DEPTH = 28
 #: Params and metrics are for looking at and comparing; bulk belongs into a file.
@@ -254,6 +256,8 @@ def format_time(time: datetime) -> str:
 
 def parse_time(text: str) -> datetime:
     """The time that `format_time` wrote; raises `ValueError`."""
+    if _TIME.fullmatch(text):  # ten times as fast as what follows, which takes more
+        return datetime.fromisoformat(f"{text[:-1]}+00:00")
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc)
 
 

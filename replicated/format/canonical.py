@@ -127,12 +127,7 @@ def load_json(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_JSON_BYTES:
         raise Malformed("it is too large")
     try:
-        value = json.loads(
-            data.decode("ascii"),
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            object_pairs_hook=_unique_members,
-        )
+        value = _JSON.decode(data.decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -195,3 +190,8 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("a member appears twice")
     return members
+
+
+_JSON: Final = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_members
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -14,9 +14,9 @@ from replicate.cli.render.experiments import render_csv, render_experiments
 from replicate.cli.session import Session
 from replicate.errors import RepositoryMissing
 from replicate.phrases import escape
-from replicate.records import ExperimentSummary
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 
 def _list_options(command: _F) -> _F:
@@ -116,11 +116,15 @@ def _list(
     if as_json and as_csv:
         raise click.UsageError("--json and --csv cannot go together")
     console = session.console
-    summaries = _query(session, filters, sort, limit)
+    from replicate import query
+
+    if quiet:
+        ids = _query(session, query.list_ids, filters, sort, limit)
+        console.write("".join(f"{identifier}\n" for identifier in ids))
+        return
+    summaries = _query(session, query.list_summaries, filters, sort, limit)
     if as_json:
         console.write_json([summary_json(summary) for summary in summaries])
-    elif quiet:
-        console.write("".join(f"{summary.record.id}\n" for summary in summaries))
     elif as_csv:
         console.write(render_csv(summaries))
     elif summaries:
@@ -129,18 +133,18 @@ def _list(
         console.note(f"{found_none} in {escape(session.project.repository)}")
 
 
-def _query(session: Session, filters: Sequence[str], sort: str, limit: int | None) -> list[ExperimentSummary]:
-    from replicate import query
-
+def _query(
+    session: Session,
+    ask: Callable[[str, Sequence[str], str, int], Iterable[_T]],
+    filters: Sequence[str],
+    sort: str,
+    limit: int | None,
+) -> list[_T]:
     project = session.project
     # A list runs from old to new; of a long one people want the new end.
     newest = limit is not None and not sort
     try:
-        found = list(
-            query.list_experiments(
-                project.repository, filters, "created-desc" if newest else sort, limit or 0
-            )
-        )
+        found = list(ask(project.repository, filters, "created-desc" if newest else sort, limit or 0))
     except RepositoryMissing:
         if project.repository_origin == "default":
             return []  # nothing was recorded here yet

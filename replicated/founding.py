@@ -15,7 +15,14 @@ from replicate.records import utc_now
 from replicated.format import metadata
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.settings import RepositorySettings, decode_settings, encode_settings
-from replicated.keys import COMPLETE_KEY, EXPERIMENT_PREFIX, LOG_PREFIX, PACK_PREFIX, SETTINGS_KEY
+from replicated.keys import (
+    COMPLETE_KEY,
+    EXPERIMENT_PREFIX,
+    LOG_PREFIX,
+    PACK_PREFIX,
+    SEGMENT_PREFIX,
+    SETTINGS_KEY,
+)
 from replicated.store.base import KeyMissing, Store
 
 T = TypeVar("T")
@@ -49,6 +56,16 @@ def _refuse_headless(store: Store) -> None:
                 hint="put it back from a copy; without it nothing is written there",
                 fields={"key": SETTINGS_KEY},
             )
+
+
+def forget_segments(store: Store) -> None:
+    """Where records are listed, and changed without the log: let nobody believe what the log says of them.
+
+    As where a bucket was copied to a disk, from which it may be copied back.
+    """
+    if store.exists(COMPLETE_KEY):
+        store.delete(COMPLETE_KEY)
+        store.delete(*(info.key for info in store.list(SEGMENT_PREFIX)))
 
 
 def load_settings(store: Store) -> tuple[RepositorySettings, bytes]:

@@ -18,6 +18,7 @@ from replicate.records import CheckpointRecord, ExperimentRecord
 from replicated.format import metadata
 from replicated.format.manifest import RootNode
 from replicated.format.metadata import Edit
+from replicated.founding import forget_segments, load_settings
 from replicated.index import Index
 from replicated.keys import Announced, LogListing
 from replicated.store.base import Store, StoreBusy
@@ -102,7 +103,7 @@ class Publisher:
             return info is not None and info.size == len(publication.data)
 
         # What was put before the announcement shows where that shows.
-        while self._index.refresh_until(is_there) is None:
+        while (listing := self._index.refresh_until(is_there)) is None:
             if self._clock() > until:
                 raise StoreBusy(
                     f"{self._store.url} does not list what was put there: {key.key}",
@@ -112,6 +113,9 @@ class Publisher:
             self._sleep(pause_s)
             pause_s *= 2
             self.announce(publication)  # the store may have lost it
+        if self._store.capabilities.has_costly_requests and not listing.is_complete:
+            # A bucket that was emptied meanwhile looks like this: nothing is to be put into what is left.
+            load_settings(self._store)
         return self._index.generation == generation
 
     def withdraw(self, publication: Publication) -> None:
@@ -125,5 +129,6 @@ class Publisher:
             return
         self._store.put(announced.record_key, [publication.data], is_unique=publication.is_unique)
         if not self._store.capabilities.has_costly_requests:
+            forget_segments(self._store)
             # Who lists the records themselves needs no announcement of what is there.
             self._store.delete(announced.key)

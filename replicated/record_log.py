@@ -88,6 +88,7 @@ class RecordLog:
         self._repository = repository
         self._clock = clock
         self._missing: dict[Announced, _Missing] = {}
+        self._damaged: set[str] = set()
 
     def read(self, known: Known) -> Iterator[News]:
         """What is new; each piece is kept before the next one is asked for."""
@@ -96,19 +97,22 @@ class RecordLog:
         if not (listing.is_complete or listing.segments or listing.new):
             # A bucket that was emptied looks like this.
             self._repository.check_present()
-        is_damaged = False
+        damaged: set[str] = set()
         for name in sorted(listing.segments.keys() - taken):
             try:
                 news = self._read_segment(name, listing.segments[name].size, taken)
             except KeyMissing:
                 continue  # merged meanwhile: shows in the next listing
             except Malformed as error:
-                is_damaged = True
+                damaged.add(name)
                 _log.warning("%s in %s is damaged: %s", segment_key(name), self._repository.url, error)
                 continue
             taken.add(name)
             yield news
-        if not known.is_listed() and (is_damaged or not listing.is_complete):
+        # What a damaged segment held is found once by listing everything, also where that was done before.
+        is_news = not damaged <= self._damaged
+        self._damaged = damaged
+        if is_news or not (listing.is_complete or known.is_listed()):
             yield from self._list_all(known)
         yield from self._read_announced(listing, known)
 

@@ -28,7 +28,7 @@ from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.manifest import ChunkList, DirectoryNode, RootNode
 from replicated.format.metadata import Edit, Heartbeat, Snapshot
 from replicated.format.settings import RepositorySettings
-from replicated.founding import decode_object, found_repository, load_settings
+from replicated.founding import decode_object, forget_segments, found_repository, load_settings
 from replicated.index import Index, Location
 from replicated.keys import (
     CHECKPOINT_PREFIX,
@@ -262,6 +262,8 @@ class Repository:
             self._recent.forget()
         if self._store.capabilities.has_costly_requests:
             self._publisher.announce(publish_removal(experiment_id, removed_id, utc_now()))
+        else:
+            forget_segments(self._store)
 
     def _list_keys(self, prefix: str) -> list[str]:
         return [info.key for info in self._store.list(prefix)]

@@ -11,7 +11,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicate.errors import RepositoryMissing
+from replicate.errors import RepositoryDamaged, RepositoryMissing
 from replicate.ids import CheckpointId, ExperimentId, new_id
 from replicate.records import CheckpointRecord, ExperimentRecord
 from replicated import record_merging
@@ -367,3 +367,42 @@ def test_keys_of_announcements_can_be_read_back(kind, rank):
 @pytest.mark.parametrize("name", ["e-x-y", f"q-{'ab' * 32}-{'cd' * 32}", f"s-{'ab' * 32}-{'cd' * 32}"])
 def test_other_keys_announce_nothing(name):
     assert parse_announced(f"log/new/{name}") is None
+
+
+def test_every_damaged_segment_is_made_up_for(repository, store, catalog):
+    runs = {}
+    for number in range(3):
+        runs[put_run(repository, number, 1)] = (1, "stopped")
+        merge_announced(repository, repository.log.list())
+        for name in repository.log.list().segments:
+            store.replace(segment_key(name), store.get(segment_key(name))[:-1] + b"?")
+        assert shown(catalog) == runs
+
+
+def test_copy_that_was_written_to_on_a_disk_is_listed_anew(repository, store, tmp_path):
+    kept, removed = put_run(repository, 1), put_run(repository, 2)
+    merge_announced(repository, repository.log.list())
+    disk = MemoryStore()
+    for info in list(store.list("")):
+        disk.put(info.key, [store.get(info.key)])
+    local = Repository.open_on(disk, cache=tmp_path / "local", create=False)
+    local.delete_experiment(removed)
+    added = put_run(local, 3)
+    back = FarStore()
+    for info in list(disk.list("")):
+        back.put(info.key, [disk.get(info.key)])
+    copied = Repository.open_on(back, cache=tmp_path / "back", create=False)
+    catalog = Catalog(copied, tmp_path / "catalog of the copy")
+    assert shown(catalog).keys() == {kept, added}
+    for opened in (catalog, copied, local):
+        opened.close()
+
+
+def test_nothing_is_published_into_what_is_left_of_an_emptied_bucket(repository, store):
+    publication = publish_checkpoint(
+        CheckpointRecord(CheckpointId(new_id()), ExperimentId(new_id()), TIME, 1, state="stored"), ROOT
+    )
+    store.delete(*[info.key for info in store.list("")])
+    repository.publisher.announce(publication)
+    with pytest.raises((RepositoryMissing, RepositoryDamaged)):
+        repository.publisher.settle(publication, repository.index.generation)

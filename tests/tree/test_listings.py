@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replicate.errors import RepositoryDamaged
-from replicate.ids import SnapshotId, new_id
+from replicate.ids import ExperimentId, SnapshotId, new_id
+from replicate.records import ExperimentRecord, utc_now
 from replicated.directories import Directories, FixedListing, Listing, Node
 from replicated.format.manifest import TreeEntry, parse_directory
 from replicated.format.metadata import Snapshot
@@ -88,7 +89,7 @@ def long_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Long]:
         root = writer.add_tree(TreeEntry(name, "file", 0o644, 0, one) for name in NAMES)
         writer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     yield repository, open_tree(repository, snapshot.id), reads
     repository.close()
 
@@ -151,7 +152,7 @@ def test_directories_are_loaded_in_advance_together(tmp_path: Path) -> None:
         root = writer.add_tree(sorted([*entries, *inner], key=lambda entry: entry.path))
         writer.finish()
     snapshot = Snapshot(SnapshotId(new_id()), root)
-    repository.put_snapshot(snapshot)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot.id), utc_now()), snapshot.root)
     repository._reader.close()
     tree = open_tree(repository, snapshot.id)
     nodes = list(tree.children(tree.root).values())

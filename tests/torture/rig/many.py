@@ -216,6 +216,8 @@ class Writer(Machine):
             with model.lock:
                 model.stored.add(snapshot)
                 model.happened["saved"] += 1
+            # As the journal has it: from here on nobody stores it again, whatever happens.
+            self._pending = None
             if is_experiment:
                 self._experiment = snapshot.experiment
             keep_up(repository)

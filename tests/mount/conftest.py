@@ -29,8 +29,15 @@ class Snapshots:
         self._memory_tree = memory_tree
         self.repository = Repository.open(self.url, cache=cache, create=True)
 
-    def add(self, content, identifier=None):
+    def add(self, content):
         """The id of a new snapshot, and the tree that it holds."""
+        tree, root = self.store(content)
+        identifier = new_id()
+        self.repository.put_experiment(ExperimentRecord(ExperimentId(identifier), utc_now()), root)
+        return identifier, tree
+
+    def store(self, content):
+        """A tree, and its root in the repository, where no record says it yet."""
         tree = self._memory_tree(content)
         with self.repository.writer() as writer:
             root = writer.add_tree(
@@ -38,9 +45,7 @@ class Snapshots:
                 + [self._entry(writer, tree, path, node) for path, node in tree.walk()]
             )
             writer.finish()
-        identifier = identifier or new_id()
-        self.repository.put_experiment(ExperimentRecord(ExperimentId(identifier), utc_now()), root)
-        return identifier, tree
+        return tree, root
 
     def _entry(self, writer, tree, path, node):
         content = writer.add_file(tree.reader(node).pread(0, node.size)) if node.type == "file" else None

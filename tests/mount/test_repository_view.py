@@ -34,9 +34,8 @@ class Recorder:
 
     def experiment(self, files=None, **fields):
         record = ExperimentRecord(new_id(), self._now(), paths=("code",) if files else (), **fields)
-        if files:
-            self.snapshots.add(files, record.id)
-        self.repository.put_experiment(record)
+        root = self.snapshots.store(files)[1] if files else None
+        self.repository.put_experiment(record, root)
         return record.id
 
     def checkpoint(self, experiment_id, step, files=None, loss=None, state="stored"):
@@ -45,9 +44,8 @@ class Recorder:
         )
         if loss is not None:
             record = replace(record, metrics={"loss": loss}, primary_metric=PrimaryMetric("loss", "minimize"))
-        if files and state == "stored":
-            self.snapshots.add(files, record.id)
-        self.repository.put_checkpoint(record)
+        root = self.snapshots.store(files)[1] if files and state == "stored" else None
+        self.repository.put_checkpoint(record, root)
         return record.id
 
     def _now(self):

@@ -18,13 +18,13 @@ def growing(make_snapshots, memory_tree, tmp_path):
     """Makes checkpoints of one experiment."""
     snapshots = make_snapshots(tmp_path / "repository", tmp_path / "cache", memory_tree)
     experiment = ExperimentRecord(new_id(), AT, paths=("code",))
-    snapshots.add({b"train.py": b"code"}, experiment.id)
-    snapshots.repository.put_experiment(experiment)
+    _, root = snapshots.store({b"train.py": b"code"})
+    snapshots.repository.put_experiment(experiment, root)
 
     def add(step):
         record = CheckpointRecord(new_id(), experiment.id, AT, step, ("model",), state="stored")
-        snapshots.add({b"model": b"weights of step %d" % step}, record.id)
-        snapshots.repository.put_checkpoint(record)
+        _, root = snapshots.store({b"model": b"weights of step %d" % step})
+        snapshots.repository.put_checkpoint(record, root)
 
     add(1)
     yield snapshots, experiment.id, add

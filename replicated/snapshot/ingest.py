@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, NamedTuple, cast
 
 from replicate.errors import CaptureFailed, RepositoryDamaged
@@ -47,6 +48,7 @@ from replicated.writer import SnapshotWriter
 #: Later than any listing: rows that come from the cache were judged when they went there.
 _NEVER_RACY_NS: Final = 1 << 80
 _EMPTY = FileContent(0, EMPTY_HASH)
+_LOOK_UP_BATCH: Final = 500
 
 
 def ingest(
@@ -357,9 +359,12 @@ class _Trees:
         return root
 
     def _is_whole(self, snapshot: Snapshot) -> bool:
+        """Whether all of it is there to stay: what is in condemned packs can be read, but not relied on."""
+        chunks = iter_chunks(self._repository, snapshot)
         try:
-            for _ in iter_chunks(self._repository, snapshot):
-                pass
+            while batch := [chunk.id for chunk in islice(chunks, _LOOK_UP_BATCH)]:
+                if self._repository.index.find_missing(batch):
+                    return False
         except RepositoryDamaged:
             return False
         return True

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from replicate.errors import CaptureFailed, RepositoryFull
 from replicate.ids import ExperimentId, SnapshotId, new_id
 from replicate.records import ExperimentRecord, utc_now
+from replicated.format.condemned import Condemned, encode_condemned
 from replicated.format.metadata import Snapshot
+from replicated.keys import condemned_key
 from replicated.repository import Repository
 from replicated.snapshot.entries import (
     HELD,
@@ -382,6 +384,22 @@ def test_same_tree_is_confirmed_or_completed(project, repository, cache, freeze,
     assert described(open_tree(repository, snapshot.id)) == described(project)
     assert cache.load_tree(b"tree").generation == repository.index.generation
     assert cache.load_tree(b"tree").snapshot != snapshot.id
+
+
+def test_same_tree_in_condemned_packs_is_stored_again(project, repository, cache, freeze, spool, described):
+    fill(project)
+    snapshot = store(repository, freeze(project, spool()), cache)
+    packs = {info.key for info in repository.store.list("packs/")}
+    names = frozenset(bytes.fromhex(key.rpartition("/")[2]) for key in packs)
+    for is_final in (False, True):
+        data = encode_condemned(Condemned(names, is_final), utc_now(), "elsewhere")
+        repository.store.put(condemned_key(new_id()), [data])
+        repository.index.refresh()
+        if not is_final:
+            assert confirm(repository, snapshot.root, project, cache) == snapshot.root
+    repository.store.delete(*packs)
+    repository.index.refresh()
+    assert described(open_tree(repository, snapshot.id)) == described(project)
 
 
 def test_same_tree_needs_no_cache_while_it_is_there(project, repository, freeze, spool):

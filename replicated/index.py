@@ -368,8 +368,11 @@ class Index:
         condemned = connection.execute(
             "SELECT is_final FROM condemned_packs WHERE name = ?", (listing.name,)
         ).fetchone()
-        if condemned is not None and condemned[0]:
-            return
+        if condemned is not None:
+            # It may have been written here, and condemned before this was told: nobody was then.
+            connection.execute("UPDATE identity SET generation = random()")
+            if condemned[0]:
+                return
         pack = _number(connection, "packs", "name", listing.name)
         is_known = connection.execute(
             "SELECT 1 FROM listings JOIN objects ON name = object WHERE pack = ? LIMIT 1", (pack,)

@@ -22,7 +22,7 @@ _BATCH: Final = 256
 
 
 class Marker:
-    """Marks trees, again and again; what was marked is not looked at another time."""
+    """Marks trees, again and again; what readers can see is looked at once."""
 
     def __init__(self, repository: Repository, on_progress: Callable[[int], None]) -> None:
         """`on_progress` gets how many trees are marked, and raises to stop."""
@@ -36,6 +36,8 @@ class Marker:
 
     def mark(self, roots: Sequence[Root]) -> None:
         """Mark all that these trees need; raises `RepositoryDamaged`, which names the record."""
+        # What they lacked the last time may be there now, and then it is needed with all below it.
+        self._walked_pending = IdSet()
         committed = [root for root in roots if root.is_committed and not root.is_orphan]
         for start in range(0, len(committed), _BATCH):
             batch = committed[start : start + _BATCH]

@@ -7,9 +7,11 @@ or as the other. Whatever cannot be understood stops the collector: it could nee
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from replicate.errors import RepositoryDamaged, RepositoryIncompatible
 from replicate.ids import is_id
@@ -25,7 +27,10 @@ from replicated.keys import (
     LogListing,
     id_of_record,
 )
-from replicated.store.base import KeyMissing, Store
+from replicated.store.base import KeyMissing, ObjectInfo, Store
+
+#: An object may take so long from when its age begins until it shows.
+_MARGIN_S: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +46,23 @@ class Root:
     is_orphan: bool = False
 
 
+class _Read(NamedTuple):
+    """A record that was read."""
+
+    size: int
+    #: On the monotonic clock: before it was listed.
+    at: float
+    #: None: it has no files.
+    root: RootNode | None
+
+
 class Roots:
-    """Finds roots again and again; records, which never change, are read once."""
+    """Finds roots again and again; what is surely the same as before is not read another time."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        #: By the keys of records; None: it has no files.
-        self._known: dict[str, RootNode | None] = {}
+        #: By the keys of records.
+        self._known: dict[str, _Read] = {}
         #: Keys of records that were in the last listing.
         self.records: frozenset[str] = frozenset()
 
@@ -63,29 +78,58 @@ class Roots:
                 hint="upgrade replicate-vcs; nothing was deleted",
                 fields={"key": key},
             )
-        announced = [item for item in listing.new if item.kind in ("experiment", "checkpoint", "shard")]
+        announced = [
+            (item, info.key)
+            for item, infos in listing.new.items()
+            if item.kind in ("experiment", "checkpoint", "shard")
+            for info in infos
+        ]
         with ThreadPoolExecutor(self._store.capabilities.parallel_requests) as threads:
-            pending = dict(zip(announced, threads.map(self._load_announced, announced), strict=True))
-            keys = list(self._list_records())
+            pending = list(threads.map(lambda found: self._load_announced(*found), announced))
+            begun = time.monotonic()
+            listed = list(self._list_records())
+            now = time.monotonic()
+            keys = [info.key for info in listed]
             self.records = frozenset(keys)
-            new = [key for key in keys if key not in self._known]
-            self._known.update(zip(new, threads.map(self._load_record, new), strict=True))
+            new = [info for info in listed if not self._is_same(info, now)]
+            loaded = threads.map(self._load_record, (info.key for info in new))
+            self._known.update(
+                (info.key, _Read(info.size, begun, root)) for info, root in zip(new, loaded, strict=True)
+            )
         experiments = {key for key in keys if key.startswith(EXPERIMENT_PREFIX)}
-        experiments.update(item.record_key for item in announced if item.kind == "experiment")
+        experiments.update(item.record_key for item, _ in announced if item.kind == "experiment")
         roots = []
         for key in keys:
-            root = self._known[key]
+            root = self._known[key].root
             if root is not None:
                 roots.append(
                     Root(key, root, is_committed=True, is_orphan=_experiment_of(key) not in experiments)
                 )
-        for item, root in pending.items():
-            if root is not None and item.record_key not in self.records:
-                roots.append(Root(item.record_key, root, is_committed=False))
+        for (item, _), root in zip(announced, pending, strict=True):
+            key = item.record_key
+            # The record that is there may be of an earlier start, and be put anew.
+            if root is not None and (key not in self.records or self._known[key].root != root):
+                roots.append(Root(key, root, is_committed=False))
         return roots
 
-    def _list_records(self) -> Iterator[str]:
-        """The keys of all records that can have files."""
+    def _is_same(self, info: ObjectInfo, now: float) -> bool:
+        """Whether a record was read, and is older than that.
+
+        Shards are deleted and put again with other bytes, and so is any record that was removed, when it is
+        made again under an id that the user gave. Where requests are cheap nobody need be sure.
+        """
+        known = self._known.get(info.key)
+        return (
+            known is not None
+            and self._store.capabilities.has_costly_requests
+            and not info.key.startswith(SHARD_PREFIX)
+            and info.size == known.size
+            and info.age_s is not None
+            and info.age_s > now - known.at + _MARGIN_S
+        )
+
+    def _list_records(self) -> Iterator[ObjectInfo]:
+        """All records that can have files."""
         for prefix in (SHARD_PREFIX, CHECKPOINT_PREFIX, EXPERIMENT_PREFIX):
             for info in self._store.list(prefix):
                 *parents, name = info.key.removeprefix(prefix).split("/")
@@ -96,12 +140,12 @@ class Roots:
                 else:
                     is_record = len(parents) == 2 and name.endswith(".json")
                 if is_record and all(map(is_id, parents)):
-                    yield info.key
+                    yield info
 
-    def _load_announced(self, announced: Announced) -> RootNode | None:
+    def _load_announced(self, announced: Announced, key: str) -> RootNode | None:
         """The root of an announcement; when that is gone, of the record that it has become."""
         try:
-            return self._load(announced.key, is_shard=announced.kind == "shard")
+            return self._load(key, is_shard=announced.kind == "shard")
         except KeyMissing:
             return self._load_record(announced.record_key)
 

@@ -1,23 +1,25 @@
 """Who publishes and who collects at the same moment: whatever comes in between, nothing is lost."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from collecting.conftest import Open, gc, remove
 from repository.conftest import Save
 
-from replicate.ids import ExperimentId, new_id
+from replicate.ids import CheckpointId, ExperimentId, new_id
 from replicate.records import ExperimentRecord, utc_now
 from replicated.collecting.collector import Collection
 from replicated.format.condemned import Condemned
 from replicated.format.manifest import RootNode, TreeEntry
 from replicated.format.metadata import Snapshot
-from replicated.keys import INDEX_PREFIX, PACK_PREFIX
+from replicated.format.shards import Shard, encode_shard
+from replicated.keys import INDEX_PREFIX, PACK_PREFIX, Announced, experiment_key
 from replicated.publishing import Publication, publish_experiment
 from replicated.references import iter_chunks
 from replicated.repository import Repository
-from replicated.store.base import Buffer
+from replicated.store.base import Buffer, Capabilities, ObjectInfo
 from replicated.store.memory import MemoryStore
 
 BIG = b"".join(b"%d," % number for number in range(20_000))
@@ -187,3 +189,86 @@ def test_what_an_announced_tree_lacked_at_first_is_looked_at_again(
     collection.execute()
     repository.publisher.commit(publication)
     check_whole(open_repository(), root)
+
+
+class Bucket(Interrupted):
+    """Where requests cost, records that are old enough are read once."""
+
+    #: What is already there is so much older.
+    aged_s = 0.0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, has_costly_requests=True)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        for info in super().list(prefix):
+            yield replace(info, age_s=(info.age_s or 0.0) + self.aged_s)
+
+
+def new_shard(experiment_id: str, checkpoint_id: str, root: RootNode) -> Publication:
+    shard = Shard(ExperimentId(experiment_id), CheckpointId(checkpoint_id), 1, 2, ("f",), root, "", None)
+    return Publication(Announced("shard", experiment_id, checkpoint_id, 1), encode_shard(shard))
+
+
+@pytest.mark.parametrize("is_put", ["not yet", "announced", "wholly"])
+@pytest.mark.parametrize("kind", ["shard", "experiment"])
+@pytest.mark.parametrize("bucket", [Interrupted, Bucket])
+def test_what_is_put_anew_under_the_same_key_is_read_again(
+    tmp_path: Path, save: Save, bucket: type[Interrupted], kind: str, is_put: str
+) -> None:
+    """A job that was started again puts its shard under the key of that of its last start."""
+    store = bucket()
+    machines = [opened(store, tmp_path / name) for name in ("writer", "collector", "reader")]
+    writer, collector, reader = map(next, machines)
+    _, old = put_files(writer, {"f": b"1" * len(BIG)})
+    remove(writer, save(writer, {"f": BIG}))
+    identifier = ExperimentId(new_id())
+    started = utc_now()
+    writer.put_experiment(ExperimentRecord(ExperimentId(new_id()), started))
+
+    def publication(root: RootNode) -> Publication:
+        if kind == "shard":
+            return new_shard(identifier, identifier, root)
+        return publish_experiment(ExperimentRecord(identifier, started), root)
+
+    writer.publisher.publish(publication(old))
+    collection = Collection(collector)
+    collection.plan()
+    generation, root = put_files(writer, {"f": BIG})
+    # It relies on what nothing else needs.
+    anew = publication(root)
+    if is_put != "not yet":
+        writer.publisher.announce(anew)
+        assert writer.publisher.settle(anew, generation)
+    if is_put == "wholly":
+        store.delete(anew.announced.record_key)
+        writer.publisher.commit(anew)
+    collection.execute()
+    assert (collection.report.packs > 0) == (is_put == "not yet")
+    if is_put == "announced":
+        store.delete(anew.announced.record_key)
+        writer.publisher.commit(anew)
+    if is_put != "not yet":
+        check_whole(reader, root)
+    for machine in machines:
+        machine.close()
+
+
+def test_in_a_bucket_old_records_are_read_once(tmp_path: Path, save: Save) -> None:
+    store = Bucket()
+    store.aged_s = 3600.0
+    machines = [opened(store, tmp_path / name) for name in ("writer", "collector")]
+    writer, collector = map(next, machines)
+    kept = save(writer, {"f": b"1"})
+    remove(writer, save(writer, {"f": BIG}))
+    collection = Collection(collector)
+    collection.plan()
+    read: list[str] = []
+    get = store.get
+    store.get = lambda key, *args: read.append(key) or get(key, *args)  # type: ignore[method-assign, func-returns-value, assignment]
+    collection.execute()
+    assert collection.report.packs > 0
+    assert read and experiment_key(kept.id) not in read
+    for machine in machines:
+        machine.close()

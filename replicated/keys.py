@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, get_args
 
+from blake3 import blake3
+
 from replicate.ids import CheckpointId, ExperimentId, SnapshotId, is_id
 from replicated.store.base import ObjectInfo
 
@@ -44,7 +46,9 @@ LETTERS: Final[dict[Kind, str]] = {
 KINDS: Final[dict[str, Kind]] = {letter: kind for kind, letter in LETTERS.items()}
 assert LETTERS.keys() == set(get_args(Kind))
 
-_NEW_KEY = re.compile(NEW_PREFIX + r"([a-z])-([0-9a-f]{64})-([0-9a-f]{64})(?:-([0-9]{1,9}))?")
+_NEW_KEY = re.compile(
+    NEW_PREFIX + r"([a-z])-([0-9a-f]{64})-([0-9a-f]{64})(?:-([0-9]{1,9}))?(?:-[0-9a-f]{16})?"
+)
 _LEVELLED_NAME = re.compile(r"[0-9a-f]{2}-[0-9a-f]{64}")
 _CONDEMNED_KEY = re.compile(CONDEMNED_PREFIX + r"([0-9a-f]{64})")
 _RECORD_NAME = re.compile(r"([0-9a-f]{64})\.json")
@@ -62,9 +66,17 @@ class Announced(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The key of the announcement."""
+        """The key of the announcement, or what it begins with: see `key_of`."""
         rank = "" if self.rank is None else f"-{self.rank}"
         return f"{NEW_PREFIX}{LETTERS[self.kind]}-{self.experiment_id}-{self.id}{rank}"
+
+    def key_of(self, data: bytes) -> str:
+        """The key under which these bytes are announced.
+
+        Who announces other bytes for the same record (two processes that settle one checkpoint) replaces
+        nothing. A removal says nothing that could differ.
+        """
+        return self.key if self.kind == "removal" else f"{self.key}-{blake3(data).hexdigest()[:16]}"
 
     @property
     def record_key(self) -> str:
@@ -88,7 +100,8 @@ class LogListing:
     condemned: frozenset[str] = frozenset()
     #: Index objects and segments, by name.
     index: dict[str, ObjectInfo] = field(default_factory=dict)
-    new: dict[Announced, ObjectInfo] = field(default_factory=dict)
+    #: A record may be announced several times, with different bytes.
+    new: dict[Announced, tuple[ObjectInfo, ...]] = field(default_factory=dict)
     segments: dict[str, ObjectInfo] = field(default_factory=dict)
     #: Whether there is no record that is neither announced nor in a segment.
     is_complete: bool = False
@@ -101,7 +114,7 @@ def read_listing(objects: Iterable[ObjectInfo]) -> LogListing:
     condemned: set[str] = set()
     unknown: set[str] = set()
     index: dict[str, ObjectInfo] = {}
-    new: dict[Announced, ObjectInfo] = {}
+    new: dict[Announced, tuple[ObjectInfo, ...]] = {}
     segments: dict[str, ObjectInfo] = {}
     is_complete = False
     for info in objects:
@@ -109,7 +122,7 @@ def read_listing(objects: Iterable[ObjectInfo]) -> LogListing:
         if key.startswith(NEW_PREFIX):
             announced = parse_announced(key)
             if announced is not None:
-                new[announced] = info
+                new[announced] = (*new.get(announced, ()), info)
             else:
                 unknown.add(key)
         elif key.startswith(INDEX_PREFIX) and _LEVELLED_NAME.fullmatch(key, len(INDEX_PREFIX)):

@@ -397,8 +397,10 @@ def _find_fault(shards: Mapping[int, Shard]) -> str:
 
 def _delete_shards(repository: Repository, record: CheckpointRecord, ranks: set[int]) -> None:
     """Take away shards, and what announces them; best effort, because nobody looks at them any more."""
-    announced = [Announced("shard", record.experiment_id, record.id, rank) for rank in sorted(ranks)]
+    shards = [Announced("shard", record.experiment_id, record.id, rank) for rank in sorted(ranks)]
     try:
-        repository.store.delete(*(item.record_key for item in announced), *(item.key for item in announced))
+        new = repository.log.list().new
+        announced = [info.key for shard in shards for info in new.get(shard, ())]
+        repository.store.delete(*(shard.record_key for shard in shards), *announced)
     except ReplicateError as error:
         _log.warning("the shards of %s stay in the repository: %s", short(record.id), error)

@@ -37,6 +37,11 @@ class Publication:
     #: Whether nobody else publishes other bytes under this key: then nobody need look.
     is_unique: bool = False
 
+    @property
+    def key(self) -> str:
+        """The key of the announcement."""
+        return self.announced.key_of(self.data)
+
 
 def publish_experiment(record: ExperimentRecord, root: RootNode | None = None) -> Publication:
     """An experiment, with the root of its files if it saved any."""
@@ -86,7 +91,7 @@ class Publisher:
 
     def announce(self, publication: Publication) -> None:
         """From now on no collector that begins removes what the record needs."""
-        self._store.replace(publication.announced.key, publication.data)
+        self._store.replace(publication.key, publication.data)
 
     def settle(self, publication: Publication, generation: int) -> bool:
         """Whether all that was found at this `Index.generation`, or put since, is there to stay.
@@ -94,21 +99,21 @@ class Publisher:
         Call it after `announce`. When it is not, what the record needs has to be stored again, from the
         beginning, and then this asked again. Raises `StoreBusy` when the announcement itself does not show.
         """
-        key = publication.announced
+        key = publication.key
         until = self._clock() + LISTING_PATIENCE_S
         pause_s = _FIRST_PAUSE_S
 
         def is_there(listing: LogListing) -> bool:
-            info = listing.new.get(key)
-            return info is not None and info.size == len(publication.data)
+            found = listing.new.get(publication.announced, ())
+            return any(info.key == key and info.size == len(publication.data) for info in found)
 
         # What was put before the announcement shows where that shows.
         while (listing := self._index.refresh_until(is_there)) is None:
             if self._clock() > until:
                 raise StoreBusy(
-                    f"{self._store.url} does not list what was put there: {key.key}",
+                    f"{self._store.url} does not list what was put there: {key}",
                     hint="`replicate doctor` tries the store out; what is pending is kept",
-                    fields={"key": key.key},
+                    fields={"key": key},
                 )
             self._sleep(pause_s)
             pause_s *= 2
@@ -120,15 +125,15 @@ class Publisher:
 
     def withdraw(self, publication: Publication) -> None:
         """Take an announcement back that is not to be committed."""
-        self._store.delete(publication.announced.key)
+        self._store.delete(publication.key)
 
     def commit(self, publication: Publication) -> None:
         """Make the record visible; durable when it returns."""
         announced = publication.announced
-        if announced.record_key == announced.key:
+        if announced.kind == "removal":
             return
         self._store.put(announced.record_key, [publication.data], is_unique=publication.is_unique)
         if not self._store.capabilities.has_costly_requests:
             forget_segments(self._store)
             # Who lists the records themselves needs no announcement of what is there.
-            self._store.delete(announced.key)
+            self._store.delete(publication.key)

@@ -63,8 +63,9 @@ def merge_announced(repository: Repository, listing: LogListing) -> None:
     _put(repository, [_record_of(key, data) for key, data in sorted(found.items())], level=0)
     if not listing.is_complete:
         complete_log(repository.store)
-    done = [key.key for key in announced if key in found]
-    done += [key.key for key in listing.new if key.kind == "shard" and _checkpoint_of(key) in found]
+    merged = [key for key in announced if key in found]
+    merged += [key for key in listing.new if key.kind == "shard" and _checkpoint_of(key) in found]
+    done = [info.key for key in merged for info in listing.new[key]]
     repository.store.delete(*done)
     _log.info("merged %d records of %s", len(found), repository.url)
 

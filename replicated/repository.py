@@ -37,7 +37,6 @@ from replicated.keys import (
     HEARTBEAT_PREFIX,
     SETTINGS_KEY,
     SHARD_PREFIX,
-    Announced,
     checkpoint_key,
     edit_key,
     experiment_key,
@@ -234,10 +233,9 @@ class Repository:
     def delete_checkpoint(self, experiment_id: ExperimentId, checkpoint_id: CheckpointId) -> None:
         """Remove a checkpoint's record, and so its snapshot; chunks stay until they are collected."""
         self._announce_removal(experiment_id, checkpoint_id)
-        announced = Announced("checkpoint", experiment_id, checkpoint_id)
+        self._store.delete(*self._list_announcements(experiment_id, checkpoint_id))
         self._store.delete(
-            announced.record_key,
-            announced.key,
+            checkpoint_key(experiment_id, checkpoint_id),
             *self._list_keys(f"{SHARD_PREFIX}{experiment_id}/{checkpoint_id}/"),
         )
 
@@ -247,12 +245,11 @@ class Repository:
         The experiment goes last, so that after an interruption it can be named again. May be repeated.
         """
         self._announce_removal(experiment_id, experiment_id)
-        announced = [key for key in self._log.list().new if key.experiment_id == experiment_id]
+        self._store.delete(*self._list_announcements(experiment_id))
         self._store.delete(
             *self._list_keys(f"{CHECKPOINT_PREFIX}{experiment_id}/"),
             *self._list_keys(f"{SHARD_PREFIX}{experiment_id}/"),
             *self._list_keys(f"{EDIT_PREFIX}{experiment_id}/"),
-            *(item.key for item in announced if item.kind != "removal"),
             experiment_key(experiment_id),
         )
 
@@ -264,6 +261,16 @@ class Repository:
             self._publisher.announce(publish_removal(experiment_id, removed_id, utc_now()))
         else:
             forget_segments(self._store)
+
+    def _list_announcements(self, experiment_id: ExperimentId, checkpoint_id: str = "") -> list[str]:
+        """The keys of what is announced of an experiment, or of a checkpoint of it, but for removals."""
+        return [
+            info.key
+            for item, found in self._log.list().new.items()
+            if item.kind != "removal" and item.experiment_id == experiment_id
+            if not checkpoint_id or item.id == checkpoint_id
+            for info in found
+        ]
 
     def _list_keys(self, prefix: str) -> list[str]:
         return [info.key for info in self._store.list(prefix)]

@@ -184,7 +184,12 @@ class Collection:
         self._candidates = (useless - spared) | unlisted | again
         going = self._candidates | left
         kept = self._packs.keys() - going
-        pending = [info for item, info in listing.new.items() if self._is_pending(item.record_key, item.kind)]
+        pending = [
+            info
+            for item, infos in listing.new.items()
+            if self._is_pending(item.record_key, item.kind)
+            for info in infos
+        ]
         self.report = CollectReport(
             packs=len(going),
             size_bytes=sum(self._packs[name].size for name in going),

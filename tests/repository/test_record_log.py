@@ -362,6 +362,7 @@ def test_frame_that_says_to_be_huge_is_refused():
 def test_keys_of_announcements_can_be_read_back(kind, rank):
     announced = Announced(kind, "ab" * 32, "cd" * 32, rank)
     assert parse_announced(announced.key) == announced
+    assert parse_announced(announced.key_of(b"its bytes")) == announced
 
 
 @pytest.mark.parametrize("name", ["e-x-y", f"q-{'ab' * 32}-{'cd' * 32}", f"s-{'ab' * 32}-{'cd' * 32}"])

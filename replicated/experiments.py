@@ -160,22 +160,26 @@ class Experiments:
             # Moved, unmounted or deleted: what waits to be stored in it is known all the same.
             return _View(None, None, jobs)
         except RepositoryUnreachable as error:
-            return self._remembered(repository, jobs, error)
+            return self._remembered(repository, error)
         catalog = self._catalog(repository, opened)
         try:
             self._repositories.patiently(repository, "refresh", catalog.refresh)
         except RepositoryUnreachable as error:
-            return self._remembered(repository, jobs, error)
+            return self._remembered(repository, error)
         return _View(catalog, LiveRuns(opened), jobs)
 
-    def _remembered(self, url: str, jobs: _Overlay, error: RepositoryUnreachable) -> _View:
+    def _remembered(self, url: str, error: RepositoryUnreachable) -> _View:
         """What this machine knows of a repository in a bucket that cannot be reached; raises `error`."""
+        # What it has stored itself may not have been read back yet.
+        jobs = _Overlay(self._journal.remembered(url), self._journal.runs(), self._journal.stalls())
         known = None if scheme_of(url) is None else self._repositories.remembered(url, error)
-        is_nothing_known = known is None and not jobs.experiments and not jobs.checkpoints
+        catalog = None if known is None else self._catalog(url, known)
+        is_empty = catalog is None or catalog.newest_place() is None
+        is_nothing_known = is_empty and not jobs.experiments and not jobs.checkpoints
         if scheme_of(url) is None or isinstance(error, RepositoryMissing) or is_nothing_known:
             raise error
         remark(f"shown is what this machine knows of {url}, which cannot be reached now: {error.message}")
-        return _View(None if known is None else self._catalog(url, known), None, jobs)
+        return _View(catalog, None, jobs)
 
     def _list(self, view: _View, filters: Sequence[str] = (), sort: str = "", limit: int = 0) -> list[Listed]:
         now = utc_now()
@@ -405,7 +409,7 @@ def _rank(record: CheckpointRecord) -> int:
 
 
 def _visible_state(job: Job) -> SnapshotState:
-    return "failed" if job.state == "failed" else "captured"
+    return "captured" if job.state == "removed" else job.state
 
 
 def _pending_entry(job: Job) -> CatalogEntry:

@@ -289,6 +289,10 @@ class Journal:
             "WHERE state IN ('captured', 'failed') AND repository = ? ORDER BY seq", (repository,)
         )
 
+    def remembered(self, repository: str) -> list[Job]:
+        """Jobs of a repository that were not removed, those that are stored too, while they are kept."""
+        return self._select("WHERE state != 'removed' AND repository = ? ORDER BY seq", (repository,))
+
     def failed(self) -> list[Job]:
         """Jobs that will never be stored, in their order."""
         return self._select("WHERE state = 'failed' ORDER BY seq")

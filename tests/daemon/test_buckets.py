@@ -116,7 +116,6 @@ def test_what_a_file_says_counts_where_the_environment_says_nothing(user):
 def test_training_goes_on_while_the_bucket_is_away_and_is_stored_when_it_is_back(user, wait_until):
     first = user.train(0.1).stdout.strip()
     user.replicate("flush")
-    user.replicate("ls")
     user.server.kill()
     # The daemon forgets what it has open, and everything it was told.
     user.replicate("daemon", "stop")

@@ -86,8 +86,20 @@ class CacheFiles:
         """The file of that number."""
         return self.directory / f"{self._prefix}{number}.db"
 
+    def identity(self, number: int) -> tuple[int, int] | None:
+        """Device and inode of the file of that number; None when there is none."""
+        return _identity(self.path(number))
+
+    def is_newest(self, number: int, identity: tuple[int, int] | None) -> bool:
+        """Whether an open file is the one that others would open: somebody may delete it, or make another."""
+        return identity is not None and self.newest() <= number and identity == self.identity(number)
+
     def _numbers(self) -> Iterator[int]:
-        for name in os.listdir(self.directory):
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return  # somebody has cleaned up
+        for name in names:
             number = name.removeprefix(self._prefix).removesuffix(".db")
             if name == f"{self._prefix}{number}.db" and number.isdecimal():
                 yield int(number)

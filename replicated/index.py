@@ -95,10 +95,8 @@ class Index:
         self._has_missed = False
         #: Of the file that is open.
         self._number = 0
-        try:
-            self._connection = self._open()
-        except OSError as error:
-            raise self._unusable(error.strerror or str(error)) from error
+        self._identity: tuple[int, int] | None = None
+        self._connection = self._open()
 
     @property
     def damaged_objects(self) -> frozenset[str]:
@@ -114,7 +112,7 @@ class Index:
         again.
         """
         with self._lock:
-            return self._attempt(self._load_generation)
+            return self._attempt(self._follow_generation)
 
     def close(self) -> None:
         """Close the database; may be called twice."""
@@ -215,9 +213,11 @@ class Index:
 
     def _follow(self) -> None:
         """Go on with the database that another process has made anew: all have to see one generation."""
-        if self._files.newest() > self._number:
+        if not self._files.is_newest(self._number, self._identity):
+            is_gone = self._files.identity(self._number) is None
             self._connection.close()
-            self._connection = self._open()
+            # What nobody has made again gets another name; see `cache_files`.
+            self._connection = self._open(self._number + 1 if is_gone else 0)
 
     def _known_objects(self, condition: str) -> set[str]:
         return {name for (name,) in self._connection.execute(f"SELECT name FROM objects {condition}")}
@@ -337,7 +337,8 @@ class Index:
             hint="upgrade replicate-vcs; nothing was changed",
         )
 
-    def _load_generation(self) -> int:
+    def _follow_generation(self) -> int:
+        self._follow()
         found = self._connection.execute("SELECT generation FROM identity").fetchone()
         if found is None:
             raise sqlite3.DatabaseError("it has no generation")
@@ -458,8 +459,11 @@ class Index:
     def _open(self, at_least: int = 0) -> sqlite3.Connection:
         try:
             self._number, connection = self._files.open(at_least)
+            self._identity = self._files.identity(self._number)
         except DatabaseUnusable as error:
             raise self._unusable(error.reason) from error
+        except OSError as error:
+            raise self._unusable(error.strerror or str(error)) from error
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute(f"PRAGMA journal_size_limit = {_MAX_IDLE_LOG_BYTES}")
         connection.execute(INCOMING)

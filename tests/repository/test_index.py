@@ -310,3 +310,31 @@ for step in range(30):
             for step in range(30):
                 writer.add_file(b"%s %d" % (name, step))
         assert writer.stats.new_chunks == 0
+
+
+@pytest.mark.parametrize("deleted", ["the directory", "the file", "the file of a process that does not go on"])
+def test_processes_agree_after_somebody_has_deleted_the_cache(
+    repository: Repository, open_again: Open, save: Save, load: Load, tmp_path: Path, deleted: str
+) -> None:
+    """The daemon compares what its store process has seen with what it sees itself."""
+    files = {"a": b"1" * 1000}
+    snapshot = save(repository, files)
+    before = repository.index.generation
+    if deleted == "the directory":
+        shutil.rmtree(tmp_path / "cache")
+    else:
+        for path in databases(tmp_path):
+            path.unlink()
+    if deleted == "the file of a process that does not go on":
+        assert repository.index.generation != before
+        repository.index.refresh()
+        assert load(repository, snapshot.id) == files
+    process = open_again()
+    for first, second in ((process, repository), (repository, process)):
+        first.index.refresh()
+        assert first.index.generation == second.index.generation != before
+        second.index.refresh()
+        assert first.index.generation == second.index.generation
+    assert load(repository, snapshot.id) == load(process, snapshot.id) == files
+    again = save(process, files | {"b": b"2" * 1000})
+    assert load(repository, again.id) == load(process, again.id)

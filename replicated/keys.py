@@ -70,13 +70,15 @@ class Announced(NamedTuple):
         rank = "" if self.rank is None else f"-{self.rank}"
         return f"{NEW_PREFIX}{LETTERS[self.kind]}-{self.experiment_id}-{self.id}{rank}"
 
-    def key_of(self, data: bytes) -> str:
-        """The key under which these bytes are announced.
+    def key_of(self, data: bytes, writer: str = "") -> str:
+        """The key under which one of several writers announces these bytes.
 
-        Who announces other bytes for the same record (two processes that settle one checkpoint) replaces
-        nothing. A removal says nothing that could differ.
+        So nobody replaces, or takes back, what another has announced for the same record (two processes that
+        settle one checkpoint). A removal says nothing that could differ.
         """
-        return self.key if self.kind == "removal" else f"{self.key}-{blake3(data).hexdigest()[:16]}"
+        if self.kind == "removal":
+            return self.key
+        return f"{self.key}-{blake3(writer.encode() + data).hexdigest()[:16]}"
 
     @property
     def record_key(self) -> str:

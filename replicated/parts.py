@@ -291,9 +291,11 @@ class Parts:
         `make` gives the record, the root of its tree, and the generation of the index under which that is.
         """
         publisher = repository.publisher
+        assert record.part is not None
+        writer = f"rank {record.part.rank} "
         for _ in range(_MOST_TRIES):
             made, root, generation = make()
-            publication = publish_checkpoint(made, root)
+            publication = dataclasses.replace(publish_checkpoint(made, root), writer=writer)
             publisher.announce(publication)
             if generation is None or publisher.settle(publication, generation):
                 break

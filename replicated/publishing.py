@@ -14,18 +14,24 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from replicate.errors import ReplicateError, RepositoryDamaged
+from replicate.ids import short
 from replicate.records import CheckpointRecord, ExperimentRecord
 from replicated.format import metadata
 from replicated.format.manifest import RootNode
 from replicated.format.metadata import Edit
 from replicated.founding import forget_segments, load_settings
 from replicated.index import Index
-from replicated.keys import Announced, LogListing
+from replicated.keys import Announced, LogListing, experiment_key
 from replicated.store.base import Store, StoreBusy
 
 #: How long a store may take until its listings show what was put.
 LISTING_PATIENCE_S: Final = 10.0
 _FIRST_PAUSE_S: Final = 0.1
+
+
+class RecordRemoved(ReplicateError):
+    """What was to be published was removed meanwhile, by another machine: there is no place for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +42,13 @@ class Publication:
     data: bytes
     #: Whether nobody else publishes other bytes under this key: then nobody need look.
     is_unique: bool = False
+    #: Tells those apart who may publish the same record at the same time.
+    writer: str = ""
 
     @property
     def key(self) -> str:
         """The key of the announcement."""
-        return self.announced.key_of(self.data)
+        return self.announced.key_of(self.data, self.writer)
 
 
 def publish_experiment(record: ExperimentRecord, root: RootNode | None = None) -> Publication:
@@ -97,7 +105,8 @@ class Publisher:
         """Whether all that was found at this `Index.generation`, or put since, is there to stay.
 
         Call it after `announce`. When it is not, what the record needs has to be stored again, from the
-        beginning, and then this asked again. Raises `StoreBusy` when the announcement itself does not show.
+        beginning, and then this asked again. Raises `StoreBusy` when the announcement itself does not show, and
+        `RecordRemoved`.
         """
         key = publication.key
         until = self._clock() + LISTING_PATIENCE_S
@@ -121,6 +130,9 @@ class Publisher:
         if self._store.capabilities.has_costly_requests and not listing.is_complete:
             # A bucket that was emptied meanwhile looks like this: nothing is to be put into what is left.
             load_settings(self._store)
+        if _shows_removal(listing, publication.announced):
+            self.withdraw(publication)
+            raise self._removed(publication)
         return self._index.generation == generation
 
     def withdraw(self, publication: Publication) -> None:
@@ -128,12 +140,56 @@ class Publisher:
         self._store.delete(publication.key)
 
     def commit(self, publication: Publication) -> None:
-        """Make the record visible; durable when it returns."""
+        """Make the record visible; durable when it returns.
+
+        Raises `RecordRemoved` when somebody has removed it, or its experiment, since it was announced, and
+        `RepositoryDamaged` when other bytes are there. Neither leaves an announcement.
+        """
         announced = publication.announced
         if announced.kind == "removal":
             return
-        self._store.put(announced.record_key, [publication.data], is_unique=publication.is_unique)
-        if not self._store.capabilities.has_costly_requests:
+        is_costly = self._store.capabilities.has_costly_requests
+        if not is_costly and self._is_removed(publication):
+            self.withdraw(publication)
+            raise self._removed(publication)
+        try:
+            self._store.put(announced.record_key, [publication.data], is_unique=publication.is_unique)
+        except RepositoryDamaged:
+            self.withdraw(publication)
+            raise
+        # Who removes announces that, or deletes the announcement, and only then deletes the record: either he
+        # finds the record, or this finds what he did. What only this process knows of, nobody can remove; an
+        # experiment that is removed at this moment leaves a record behind that nobody is shown.
+        if not (is_costly and publication.is_unique) and self._is_removed(publication):
+            self._store.delete(announced.record_key, publication.key)
+            raise self._removed(publication)
+        if not is_costly:
             forget_segments(self._store)
             # Who lists the records themselves needs no announcement of what is there.
             self._store.delete(publication.key)
+
+    def _is_removed(self, publication: Publication) -> bool:
+        """Whether somebody has removed what is announced, or its experiment."""
+        announced = publication.announced
+        if self._store.capabilities.has_costly_requests:
+            return _shows_removal(self._index.refresh(), announced)
+        if not self._store.exists(publication.key):
+            return True
+        # Shards and edits of ranks may be faster than the experiment.
+        return announced.kind == "checkpoint" and not self._store.exists(
+            experiment_key(announced.experiment_id)
+        )
+
+    def _removed(self, publication: Publication) -> RecordRemoved:
+        announced = publication.announced
+        what = "checkpoint" if announced.kind == "shard" else announced.kind
+        return RecordRemoved(
+            f"{what} {short(announced.id)} was removed from {self._store.url} while it was being stored",
+            fields={"id": announced.id},
+        )
+
+
+def _shows_removal(listing: LogListing, announced: Announced) -> bool:
+    experiment_id = announced.experiment_id
+    removals = {Announced("removal", experiment_id, one) for one in (experiment_id, announced.id)}
+    return announced.kind != "removal" and not removals.isdisjoint(listing.new)

@@ -214,7 +214,7 @@ def test_mounted_snapshots_that_were_removed_stop_it(
 def test_checkpoint_whose_experiment_is_gone_does_not_stop_it(
     repository: Repository, store: MemoryStore, save: Save
 ) -> None:
-    """As when a writer that was frozen commits what somebody has removed meanwhile."""
+    """As when a writer is killed right after it has committed what somebody has removed meanwhile."""
     experiment, other = save(repository, {"a": b"1"}), save(repository, {"a": BIG})
     checkpoint = CheckpointRecord(
         CheckpointId(new_id()), ExperimentId(experiment.id), utc_now(), 1, state="stored"
@@ -223,8 +223,7 @@ def test_checkpoint_whose_experiment_is_gone_does_not_stop_it(
     remove(repository, other)
     gc(repository)
     publication = publish_checkpoint(checkpoint, other.root)
-    repository.publisher.announce(publication)
-    repository.publisher.commit(publication)
+    store.put(publication.announced.record_key, [publication.data])
     remove(repository, save(repository, {"a": BIG[:9000]}))
     assert gc(repository).packs == 2
 

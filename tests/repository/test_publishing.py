@@ -15,7 +15,7 @@ from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.collecting.collector import collect
 from replicated.format.manifest import RootNode, TreeEntry
 from replicated.keys import NEW_PREFIX, checkpoint_key, parse_announced
-from replicated.publishing import publish_checkpoint
+from replicated.publishing import RecordRemoved, publish_checkpoint
 from replicated.record_merging import merge_announced
 from replicated.references import iter_chunks
 from replicated.repository import Repository
@@ -120,3 +120,61 @@ def test_an_announcement_of_others_is_not_taken_for_ones_own(machine, store):
     one.publisher.announce(theirs)
     one.publisher.settle(ours, one.index.generation)  # announces it again, because it does not show
     assert {info.key for info in one.log.list().new[ours.announced]} == {ours.key, theirs.key}
+
+
+@pytest.mark.parametrize("is_committed_before", [False, True], ids=["new", "repeated"])
+@pytest.mark.parametrize("what", ["experiment", "checkpoint"])
+def test_what_is_removed_on_another_machine_does_not_come_back(machine, store, what, is_committed_before):
+    one, other = machine("one"), machine("other")
+    record = record_in(one)
+    generation, root = add_files(one, os.urandom(40_000))
+    publication = publish_checkpoint(record, root)
+    if is_committed_before:
+        one.publisher.announce(publication)
+        one.publisher.commit(publication)  # and killed before its journal knew
+    one.publisher.announce(publication)
+    assert one.publisher.settle(publication, generation)
+    if what == "experiment":
+        other.delete_experiment(record.experiment_id)
+    else:
+        other.delete_checkpoint(record.experiment_id, record.id)
+    collect(machine("collector"))
+    with pytest.raises(RecordRemoved, match="was removed from"):
+        one.publisher.commit(publication)
+    assert not list(store.list("checkpoints/"))
+    assert not [key for key in (info.key for info in store.list(NEW_PREFIX)) if "/c-" in key]
+    collect(machine("next collector"))
+
+
+def test_what_is_removed_before_it_is_settled_is_not_committed_in_a_bucket(tmp_path):
+    store = CostlyStore()
+    one = Repository.open_on(store, cache=tmp_path / "one", create=True)
+    record = record_in(one)
+    publication = dataclasses.replace(publish_checkpoint(record), is_unique=True)
+    one.delete_experiment(record.experiment_id)
+    with pytest.raises(RecordRemoved):
+        one.publisher.publish(publication)
+    assert not [info.key for info in store.list(NEW_PREFIX) if "/x-" not in info.key]
+
+
+def test_processes_that_commit_the_same_bytes_do_not_take_each_other_for_removed(machine, store):
+    one, other = machine("one"), machine("other")
+    publication = publish_checkpoint(record_in(one, world_size=2))
+    ours, theirs = (dataclasses.replace(publication, writer=f"rank {rank} ") for rank in range(2))
+    one.publisher.announce(ours)
+    other.publisher.announce(theirs)
+    one.publisher.commit(ours)
+    other.publisher.commit(theirs)
+    assert store.exists(publication.announced.record_key)
+
+
+def test_other_bytes_than_those_that_are_there_leave_no_announcement(machine, store):
+    one = machine("one")
+    record = record_in(one)
+    _, root = add_files(one, b"w" * 400)
+    one.put_checkpoint(record, root)
+    before = {info.key for info in store.list(NEW_PREFIX)}
+    with pytest.raises(RepositoryDamaged):
+        one.put_checkpoint(dataclasses.replace(record, state="failed", error="lost"))
+    assert {info.key for info in store.list(NEW_PREFIX)} == before
+    assert read_all(machine("reader"), record)

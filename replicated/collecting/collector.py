@@ -19,7 +19,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Collection as Members
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from replicate.errors import InvalidArgument, RepositoryDamaged, RepositoryUnreachable
@@ -35,6 +35,7 @@ from replicated.format.listing import Section, split_sections
 from replicated.keys import (
     HEARTBEAT_PREFIX,
     PACK_PREFIX,
+    Announced,
     LogListing,
     checkpoint_key,
     condemned_key,
@@ -184,12 +185,7 @@ class Collection:
         self._candidates = (useless - spared) | unlisted | again
         going = self._candidates | left
         kept = self._packs.keys() - going
-        pending = [
-            info
-            for item, infos in listing.new.items()
-            if self._is_pending(item.record_key, item.kind)
-            for info in infos
-        ]
+        pending = [info for item, infos in listing.new.items() if self._is_pending(item) for info in infos]
         self.report = CollectReport(
             packs=len(going),
             size_bytes=sum(self._packs[name].size for name in going),
@@ -200,6 +196,8 @@ class Collection:
             announced=len(pending),
             announced_age_s=max((info.age_s or 0.0 for info in pending), default=0.0),
         )
+        for key in sorted(self._roots.orphans):
+            _log.warning("%s in %s belongs to no experiment: it keeps nothing", key, self._store.url)
 
     def execute(self) -> None:
         """Delete what was planned, but for what somebody has begun to rely on; `report` says how much."""
@@ -224,15 +222,12 @@ class Collection:
     def _report_kept(self, survivors: Members[bytes]) -> None:
         report = self.report
         size = sum(self._packs[name].size for name in survivors)
-        self.report = CollectReport(
+        self.report = replace(
+            report,
             packs=report.packs - len(survivors),
             size_bytes=report.size_bytes - size,
             kept_packs=report.kept_packs + len(survivors),
             kept_bytes=report.kept_bytes + size,
-            unneeded_bytes=report.unneeded_bytes,
-            spared_bytes=report.spared_bytes,
-            announced=report.announced,
-            announced_age_s=report.announced_age_s,
         )
 
     def _mark(self) -> LogListing:
@@ -295,8 +290,11 @@ class Collection:
                 age_s = max(age_s, UPLOAD_AGE_S)
         return {name for name in useless if (self._packs[name].age_s or 0.0) < age_s}
 
-    def _is_pending(self, record_key: str, kind: str) -> bool:
-        return kind in ("experiment", "checkpoint", "shard") and record_key not in self._roots.records
+    def _is_pending(self, item: Announced) -> bool:
+        key = item.record_key
+        if item.kind not in ("experiment", "checkpoint", "shard") or self._roots.is_removed(key):
+            return False
+        return key not in self._roots.records
 
     def _check_leased(self) -> None:
         """Refuse to collect what is mounted and has been removed: nobody knows what that needs."""

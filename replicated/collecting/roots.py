@@ -7,6 +7,7 @@ or as the other. Whatever cannot be understood stops the collector: it could nee
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +19,26 @@ from replicate.ids import is_id
 from replicated.format.canonical import Malformed, NewerFormat
 from replicated.format.manifest import RootNode
 from replicated.format.metadata import decode_snapshot
+from replicated.format.segment import parse_segment
 from replicated.format.shards import decode_shard
 from replicated.keys import (
     CHECKPOINT_PREFIX,
     EXPERIMENT_PREFIX,
+    KINDS,
     SHARD_PREFIX,
     Announced,
     LogListing,
     id_of_record,
+    segment_key,
 )
 from replicated.store.base import KeyMissing, ObjectInfo, Store
 
 #: An object may take so long from when its age begins until it shows.
 _MARGIN_S: Final = 300.0
+#: A checkpoint may be there so long before its experiment, or after it.
+ORPHAN_AGE_S: Final = 24 * 3600.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +71,14 @@ class Roots:
         self._store = store
         #: By the keys of records.
         self._known: dict[str, _Read] = {}
-        #: Keys of records that were in the last listing.
+        #: Keys of records that were in the last listing, but for those that are removed.
         self.records: frozenset[str] = frozenset()
+        #: Keys of checkpoints in the last listing that belong to no experiment any more, and need nothing.
+        self.orphans: frozenset[str] = frozenset()
+        #: (experiment id, id of what was removed), as in `record_log.News`.
+        self._removed: set[tuple[str, str]] = set()
+        #: Names of the segments whose removals are known.
+        self._segments: set[str] = set()
 
     def find(self, listing: LogListing) -> list[Root]:
         """All roots, given a listing of `log/` that was made before.
@@ -78,16 +92,17 @@ class Roots:
                 hint="upgrade replicate-vcs; nothing was deleted",
                 fields={"key": key},
             )
+        self._load_removed(listing)
         announced = [
             (item, info.key)
             for item, infos in listing.new.items()
-            if item.kind in ("experiment", "checkpoint", "shard")
+            if not self.is_removed(item.record_key) and item.kind in ("experiment", "checkpoint", "shard")
             for info in infos
         ]
         with ThreadPoolExecutor(self._store.capabilities.parallel_requests) as threads:
             pending = list(threads.map(lambda found: self._load_announced(*found), announced))
             begun = time.monotonic()
-            listed = list(self._list_records())
+            listed = [info for info in self._list_records() if not self.is_removed(info.key)]
             now = time.monotonic()
             keys = [info.key for info in listed]
             self.records = frozenset(keys)
@@ -98,19 +113,50 @@ class Roots:
             )
         experiments = {key for key in keys if key.startswith(EXPERIMENT_PREFIX)}
         experiments.update(item.record_key for item, _ in announced if item.kind == "experiment")
+        orphans = {info.key for info in listed if _experiment_of(info.key) not in experiments}
+        # Its experiment was removed while it was stored: after a day nobody is about to take it away.
+        self.orphans = frozenset(
+            info.key
+            for info in listed
+            if info.key in orphans
+            and info.key.startswith(CHECKPOINT_PREFIX)
+            and (info.age_s or 0.0) > ORPHAN_AGE_S
+        )
         roots = []
         for key in keys:
             root = self._known[key].root
-            if root is not None:
-                roots.append(
-                    Root(key, root, is_committed=True, is_orphan=_experiment_of(key) not in experiments)
-                )
+            if root is not None and key not in self.orphans:
+                roots.append(Root(key, root, is_committed=True, is_orphan=key in orphans))
         for (item, _), root in zip(announced, pending, strict=True):
             key = item.record_key
             # The record that is there may be of an earlier start, and be put anew.
             if root is not None and (key not in self.records or self._known[key].root != root):
                 roots.append(Root(key, root, is_committed=False))
         return roots
+
+    def is_removed(self, record_key: str) -> bool:
+        """Whether it is known that the record was removed: readers do not show it, and it needs nothing."""
+        _, experiment_id, *rest = record_key.removesuffix(".json").split("/")
+        removed = self._removed
+        return (experiment_id, experiment_id) in removed or bool(rest and (experiment_id, rest[0]) in removed)
+
+    def _load_removed(self, listing: LogListing) -> None:
+        """Take in what is removed; what cannot be read removes nothing, which is safe."""
+        self._removed.update((item.experiment_id, item.id) for item in listing.new if item.kind == "removal")
+        self._segments &= listing.segments.keys()
+        for name in sorted(listing.segments.keys() - self._segments):
+            key = segment_key(name)
+            try:
+                _, records = parse_segment(self._store.get(key))
+            except KeyMissing:
+                continue  # merged since it was listed
+            except (Malformed, NewerFormat) as error:
+                _log.warning("%s in %s cannot be read: %s", key, self._store.url, error)
+                continue
+            self._segments.add(name)
+            self._removed.update(
+                (record.experiment_id, record.id) for record in records if KINDS[record.letter] == "removal"
+            )
 
     def _is_same(self, info: ObjectInfo, now: float) -> bool:
         """Whether a record was read, and is older than that.

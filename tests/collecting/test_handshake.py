@@ -5,18 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from collecting.conftest import Open, gc, remove
+from collecting.conftest import Open, gc, pack_keys, remove
 from repository.conftest import Save
 
 from replicate.ids import CheckpointId, ExperimentId, new_id
-from replicate.records import ExperimentRecord, utc_now
+from replicate.records import CheckpointRecord, ExperimentRecord, utc_now
 from replicated.collecting.collector import Collection
 from replicated.format.condemned import Condemned
 from replicated.format.manifest import RootNode, TreeEntry
 from replicated.format.metadata import Snapshot
 from replicated.format.shards import Shard, encode_shard
 from replicated.keys import INDEX_PREFIX, PACK_PREFIX, Announced, experiment_key
-from replicated.publishing import Publication, publish_experiment
+from replicated.publishing import Publication, publish_checkpoint, publish_experiment
+from replicated.record_merging import merge_announced
 from replicated.references import iter_chunks
 from replicated.repository import Repository
 from replicated.store.base import Buffer, Capabilities, ObjectInfo
@@ -270,5 +271,69 @@ def test_in_a_bucket_old_records_are_read_once(tmp_path: Path, save: Save) -> No
     collection.execute()
     assert collection.report.packs > 0
     assert read and experiment_key(kept.id) not in read
+    for machine in machines:
+        machine.close()
+
+
+def new_checkpoint(experiment_id: str, root: RootNode) -> Publication:
+    return publish_checkpoint(
+        CheckpointRecord(
+            CheckpointId(new_id()),
+            ExperimentId(experiment_id),
+            utc_now(),
+            step=1,
+            paths=("w",),
+            state="stored",
+        ),
+        root,
+    )
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("removed", ["experiment", "checkpoint"])
+def test_what_is_put_after_it_was_removed_keeps_nothing_and_stops_nobody(
+    tmp_path: Path, removed: str, is_merged: bool
+) -> None:
+    """Removed by another machine while it was stored; nobody shows it."""
+    store = Bucket()
+    machines = [opened(store, tmp_path / name) for name in ("writer", "collector", "later")]
+    writer, collector, later = map(next, machines)
+    experiment_id = ExperimentId(new_id())
+    writer.put_experiment(ExperimentRecord(experiment_id, utc_now()))
+    _, root = put_files(writer, {"w": BIG})
+    publication = new_checkpoint(experiment_id, root)
+    writer.publisher.announce(publication)
+    if removed == "experiment":
+        collector.delete_experiment(experiment_id)
+    else:
+        collector.delete_checkpoint(experiment_id, CheckpointId(publication.announced.id))
+    # As if it were frozen after it has made sure that all is there.
+    writer.publisher.announce(publication)
+    if is_merged:
+        merge_announced(collector, collector.log.list())
+        assert not any(item.kind == "removal" for item in collector.log.list().new)
+    store.put(publication.announced.record_key, [publication.data])
+    report = gc(collector)
+    assert report.packs > 0 and report.announced == 0 and not pack_keys(store)
+    assert gc(later).packs == 0
+    for machine in machines:
+        machine.close()
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_checkpoint_whose_experiment_is_gone_keeps_nothing_after_a_day(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_old: bool
+) -> None:
+    store = Bucket()
+    machines = [opened(store, tmp_path / name) for name in ("writer", "collector", "later")]
+    writer, collector, later = map(next, machines)
+    _, root = put_files(writer, {"w": BIG})
+    publication = new_checkpoint(new_id(), root)
+    store.put(publication.announced.record_key, [publication.data])
+    store.aged_s = 25 * 3600.0 if is_old else 0.0
+    report = gc(collector)
+    assert (report.packs > 0) == is_old
+    assert (f"{publication.announced.record_key} in" in caplog.text) == is_old
+    assert gc(later).packs == 0
     for machine in machines:
         machine.close()

@@ -312,7 +312,7 @@ for step in range(30):
         assert writer.stats.new_chunks == 0
 
 
-@pytest.mark.parametrize("deleted", ["the directory", "the file", "the file of a process that does not go on"])
+@pytest.mark.parametrize("deleted", ["the directory", "the file", "the file of one that does not go on"])
 def test_processes_agree_after_somebody_has_deleted_the_cache(
     repository: Repository, open_again: Open, save: Save, load: Load, tmp_path: Path, deleted: str
 ) -> None:
@@ -325,7 +325,7 @@ def test_processes_agree_after_somebody_has_deleted_the_cache(
     else:
         for path in databases(tmp_path):
             path.unlink()
-    if deleted == "the file of a process that does not go on":
+    if deleted == "the file of one that does not go on":
         assert repository.index.generation != before
         repository.index.refresh()
         assert load(repository, snapshot.id) == files

@@ -11,6 +11,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -264,8 +265,13 @@ class Index:
         """Take in the lists of condemned packs that are new; whether a pack is known here that is gone."""
         known = {name for (name,) in self._connection.execute("SELECT name FROM condemned")}
         is_gone = False
-        for name in sorted(listing.condemned - known):
-            condemned = self._load_condemned(name)
+        new = sorted(listing.condemned - known)
+        if not new:
+            return False
+        # A machine that comes late has to read the lists of all collections.
+        with ThreadPoolExecutor(self._store.capabilities.parallel_requests, "condemned") as threads:
+            loaded = list(threads.map(self._load_condemned, new))
+        for name, condemned in zip(new, loaded, strict=True):
             rows = [(pack, condemned.is_final) for pack in condemned.packs]
             self._connection.execute("BEGIN IMMEDIATE")
             with self._connection as connection:

@@ -8,7 +8,6 @@ growing pauses, and visible in `status`; only the loss of what was captured make
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sqlite3
 import threading
@@ -16,15 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from replicate.errors import CaptureFailed, NotFound, ReplicateError, RepositoryUnreachable
+from replicate.errors import CaptureFailed, ReplicateError, RepositoryUnreachable
 from replicate.ids import CheckpointId, short
+from replicated import job_records as records
 from replicated.format.manifest import RootNode
-from replicated.job_records import publication_of, put_edit, rank_of
 from replicated.journal import Job, Journal
 from replicated.part_jobs import PartJobs
 from replicated.parts import Settled
 from replicated.processes import current_boot_id
-from replicated.publishing import Publication
+from replicated.publishing import Publication, RecordRemoved
 from replicated.repositories import OpenRepositories
 from replicated.repository import Repository
 from replicated.resting import Rest
@@ -101,6 +100,8 @@ class Jobs:
         self._changed = threading.Condition(self._lock)
         self._workers: dict[str, _Worker] = {}
         self._stopping = False
+        #: Jobs of which something may be in the repository: tried here, or from before this daemon.
+        self._tried: set[str] = set()
         #: Threads that wait for something to be stored, and until when that counts after they left.
         self._waiting = 0
         self._urgent_until = 0.0
@@ -114,7 +115,9 @@ class Jobs:
 
     def start(self) -> None:
         """Continue what the journal holds; call once."""
-        for repository in {job.repository for job in self._journal.captured()}:
+        waiting = self._journal.captured()
+        self._tried.update(job.id for job in waiting)
+        for repository in {job.repository for job in waiting}:
             self.wake(repository)
 
     def wake(self, repository: str) -> None:
@@ -253,10 +256,6 @@ class Jobs:
         return self._stopping
 
 
-class _ExperimentGone(ReplicateError):
-    """The experiment of a checkpoint or edit was deleted from the repository: there is no place for it."""
-
-
 class _Stopped(Exception):
     """The daemon stops: the job is left as it is."""
 
@@ -307,7 +306,10 @@ class _Worker:
         self.active, self.bytes_done, self.started = job, 0, time.monotonic()
         try:
             self._store(job)
-        except (CaptureFailed, _ExperimentGone) as error:
+        except RecordRemoved as error:
+            self._parts.forget(job.id)
+            self._end(job, Settled("failed", error.message))
+        except CaptureFailed as error:
             self._fail(job, error.message)
         except (ReplicateError, OSError, sqlite3.OperationalError, StoreProcessDied) as error:
             if isinstance(error, StoreProcessDied) and error.is_crash:
@@ -355,20 +357,25 @@ class _Worker:
         # Only an experiment may make a repository: elsewhere a missing one has been moved or unmounted, and
         # an empty one in its place would take in checkpoints of experiments that it does not hold.
         repository = jobs._repositories.get(job.repository, create=job.kind == "experiment")
-        rank = rank_of(job)
+        rank = records.rank_of(job)
         # Ranks other than 0 may be faster than rank 0, which makes the experiment.
         if job.kind != "experiment" and not rank:
-            self._check_experiment(repository, job)
+            records.check_experiment(repository, job)
+        is_first = job.id not in jobs._tried
+        jobs._tried.add(job.id)
+        if rank is None and not is_first and (found := records.find_recorded(repository, job)) is not None:
+            self._end(job, found)  # by an earlier try, or before this daemon died
+            return
         if job.kind == "edit":
             with jobs.publishing(job.repository):
-                put_edit(repository, job)
+                records.put_edit(repository, job)
             self._finish(job)
         elif rank is not None:
             settled = self._parts.store(repository, job, job.checkpoint())
             self._forget(job)  # its files are in the repository, or will never be
             if settled is not None:
                 self._settle(repository, job, settled)
-        elif self._put(repository, job, lambda root: publication_of(job, root)):
+        elif self._put(repository, job, lambda root: records.publication_of(job, root, is_first=is_first)):
             self._finish(job)
 
     def _put(self, repository: Repository, job: Job, make: Callable[[RootNode | None], Publication]) -> bool:
@@ -448,17 +455,14 @@ class _Worker:
         current = self._jobs._journal.find(job.id)
         return current is not None and current.state == "captured"
 
-    def _check_experiment(self, repository: Repository, job: Job) -> None:
-        try:
-            repository.load_experiment(job.experiment_id)
-        except NotFound:
-            raise _ExperimentGone(
-                f"experiment {short(job.experiment_id)} is not in {job.repository} any more"
-            ) from None
-
     def _finish(self, job: Job) -> None:
         error = job.checkpoint().error if job.kind == "checkpoint" else ""
-        self._jobs._journal.finish(job.id, "failed" if error else "stored", time.time_ns(), error)
+        self._end(job, Settled("failed" if error else "stored", error))
+
+    def _end(self, job: Job, settled: Settled) -> None:
+        if self._is_wanted(job):
+            self._jobs._journal.finish(job.id, settled.state, time.time_ns(), settled.error)
+        self._jobs._tried.discard(job.id)
         self._forget(job)
         self._jobs._finished()
 
@@ -466,26 +470,22 @@ class _Worker:
         """Give up a job: what was recorded is published without its files, and says so."""
         _log.error("%s %s will not be stored: %s", job.kind, short(job.id), reason)
         jobs = self._jobs
+        settled = Settled("failed", reason)
         try:
             repository = jobs._repositories.get(job.repository)
             with jobs.publishing(job.repository):
                 if not self._is_wanted(job):
                     self._forget(job)
                     return
-                if job.kind == "experiment":
-                    repository.put_experiment(job.experiment())
-                elif rank_of(job) is not None:
+                if records.rank_of(job) is not None:
                     self._parts.give_up(repository, job.checkpoint(), reason)
-                elif job.kind == "checkpoint":
-                    self._check_experiment(repository, job)
-                    repository.put_checkpoint(
-                        dataclasses.replace(job.checkpoint(), state="failed", error=reason)
-                    )
+                elif (found := records.find_recorded(repository, job)) is not None:
+                    settled = found  # all of it was there already
+                else:
+                    records.put_failed(repository, job, reason)
         except ReplicateError as error:
             _log.warning("the record of %s was not written either: %s", short(job.id), error)
-        jobs._journal.finish(job.id, "failed", time.time_ns(), reason)
-        self._forget(job)
-        jobs._finished()
+        self._end(job, settled)
 
     def _make_durable(self) -> None:
         """Copy and fsync what waits: jobs that cannot be stored now may have to survive a power cut."""

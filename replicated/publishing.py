@@ -105,8 +105,8 @@ class Publisher:
         """Whether all that was found at this `Index.generation`, or put since, is there to stay.
 
         Call it after `announce`. When it is not, what the record needs has to be stored again, from the
-        beginning, and then this asked again. Raises `StoreBusy` when the announcement itself does not show, and
-        `RecordRemoved`.
+        beginning, and then this asked again. Raises `StoreBusy` when the announcement itself does not show,
+        and `RecordRemoved`.
         """
         key = publication.key
         until = self._clock() + LISTING_PATIENCE_S

@@ -1,5 +1,6 @@
 """A daemon that is killed before anything is stored: the next one goes on, or says what is lost."""
 
+import dataclasses
 import os
 import signal
 import sqlite3
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from replicate._pb import daemon_pb2 as pb
+from replicated.repository import Repository
+from replicated.store import open_store
 
 BIG = 5 << 20
 #: One byte a second: nothing is ever stored.
@@ -70,6 +73,24 @@ def test_leased_file_that_changed_without_a_daemon_is_reported_and_never_mixed_u
     assert "the daemon ended before" in found.error
     assert "model.pt" in found.error
     assert found.metrics == {"loss": 1.0}
+
+
+def test_what_was_committed_before_the_daemon_died_is_adopted_though_its_capture_is_lost(
+    slow_project, tmp_path
+):
+    project, experiment = slow_project
+    path = project.write("model.pt", os.urandom(BIG))
+    checkpoint = project.checkpoint(experiment, "model.pt")
+    project.daemon.kill()
+    store = open_store(f"file://{project.directory}/.replicate", create=False)
+    repository = Repository.open_on(store, cache=tmp_path / "cache", create=False)
+    repository.put_checkpoint(dataclasses.replace(checkpoint, state="stored"))
+    path.write_bytes(os.urandom(BIG))
+    project.daemon.start()
+    assert project.flush().failed == 0
+    assert state_of(project, experiment, checkpoint).state == "stored"
+    assert not list(store.list("log/new/"))
+    repository.close()
 
 
 def test_leased_file_that_was_rewritten_before_the_daemon_died_is_safe_in_the_spool(slow_project, wait_until):

@@ -91,5 +91,6 @@ def find_recorded(repository: Repository, job: Job) -> Settled | None:
             f"{key} in {repository.url} is damaged: {error}", fields={"key": key}
         ) from error
     if not is_same:
-        return None
+        # Another process has begun the same experiment: the record that was there first is that of both.
+        return Settled("stored")
     return Settled("stored") if is_whole else Settled("failed", "it was recorded without its files")

@@ -226,13 +226,13 @@ def test_du_names_a_damaged_snapshot_and_counts_the_others(own_project):
     own_project.train(0.01)
     before = own_project.json("du")
     experiment_id = own_project.json("show", "latest")["id"]
-    damaged = own_project.directory / ".replicate" / "snapshots" / experiment_id
+    damaged = own_project.directory / ".replicate" / "experiments" / f"{experiment_id}.json"
     damaged.chmod(0o600)
     damaged.write_bytes(b"{}")
     result = own_project.run("du", "--json")
     usage = json.loads(result.stdout)
     assert result.returncode == 1
-    named = f"error: experiment {experiment_id[:7]}, what `init` saved, is left out: snapshots/"
+    named = f"error: experiment {experiment_id[:7]}, what `init` saved, is left out: experiments/"
     assert named in result.stderr
     assert [snapshot["id"] for snapshot in usage["unreadable"]] == [experiment_id]
     assert usage["snapshots"] == before["snapshots"] - 1

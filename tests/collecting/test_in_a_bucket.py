@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from collecting.conftest import remove
 from repository.conftest import Load, Save
 from servers import s3_servers
 
+from replicate.ids import ExperimentId, new_id
 from replicated.collecting import collect
 from replicated.keys import PACK_PREFIX
 from replicated.publishing import publish_experiment
@@ -48,7 +50,7 @@ def test_collecting_while_another_machine_is_frozen_before_it_commits(
     needed = packs(writer)
     # What it relies on is just what goes: it has looked it up, announces it, and is frozen.
     frozen = save(writer, {"c": BIG})
-    record = writer.load_experiment(frozen.id)
+    record = replace(writer.load_experiment(frozen.id), id=ExperimentId(new_id()))
     generation = writer.index.generation
     remove(collector, frozen)
     remove(collector, removed)

@@ -218,7 +218,7 @@ def test_cache_is_told_nothing_before_everything_is_stored(
     fill(project)
     frozen = freeze(project, spool())
 
-    def refuse(self, key, parts):
+    def refuse(self, key, parts, **how):
         raise RepositoryFull("no space")
 
     monkeypatch.setattr(LocalStore, "put", refuse)

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from replicate.errors import CaptureFailed, RepositoryFull, RepositoryMissing, RepositoryUnreachable
 from replicate.ids import ExperimentId, SnapshotId, new_id
-from replicate.records import ExperimentRecord, utc_now
+from replicate.records import ExperimentRecord
 from replicated import priority
 from replicated import storing as storing_module
 from replicated.format.metadata import Snapshot
@@ -41,6 +42,7 @@ from replicated.storing import StoreProcessDied, Storing, StoringBroken, Storing
 from replicated.tree import open_tree
 
 DEADLINE_S = 60.0
+TIME = datetime(2026, 1, 2, tzinfo=timezone.utc)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def store(storing, repository, frozen, *, on_progress=ignore, limit=0, entries=N
         on_progress=on_progress,
         is_urgent=is_urgent,
     )
-    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot), utc_now()), stored.root)
+    repository.put_experiment(ExperimentRecord(ExperimentId(snapshot), TIME), stored.root)
     return Snapshot(snapshot, stored.root)
 
 

@@ -283,7 +283,9 @@ class HeldFiles:
     def _scan(self) -> None:
         """Look at all leases, mostly without the lock: thousands of them take milliseconds."""
         began = time.monotonic()
-        suspects = [pair for pair in list(self._holdings.leased.copy().items()) if not leases.is_whole(pair[0])]
+        suspects = [
+            pair for pair in list(self._holdings.leased.copy().items()) if not leases.is_whole(pair[0])
+        ]
         with self._lock:
             for descriptor, held in suspects:
                 # It may have been closed, and the number be in use for another file.
